@@ -1,0 +1,159 @@
+"""Boxes in the text of a reply -> pixels of the upright image.
+
+Each convention is one entry of `CONVENTIONS`; the manifest's `reply.boxes` names the one a model was trained on.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["CONVENTIONS", "Box", "Boxes", "parse_boxes"]
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """One box.
+
+    Attributes:
+        label: what the model calls it, "" if it does not say.
+        box: (x_min, y_min, x_max, y_max) in pixels of the upright image, not rounded. The area may be zero.
+        image: index of the image, counted from 0.
+    """
+
+    label: str
+    box: tuple[float, float, float, float]
+    image: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Boxes:
+    """All complete boxes of a reply, in the order of the text. `truncated`: the text ends before its answer does."""
+
+    boxes: tuple[Box, ...]
+    truncated: bool
+
+
+def parse_boxes(text: str, convention: str, images: Sequence[tuple[int, int]]) -> Boxes:
+    """Read the boxes of a reply. No text is an error, and the time is linear in its length.
+
+    Args:
+        text: the reply.
+        convention: a key of `CONVENTIONS`.
+        images: (height, width) of each upright image of the conversation, in pixels.
+
+    "box_2d" (Gemma 4, Gemini): JSON objects `{"box_2d": [y_min, x_min, y_max, x_max], "label": "..."}` on a grid of
+    0..1000, anywhere in the text: in fences, lists, wrapper objects or prose, repeated or not. Rules:
+        - swapped corners are put in order, values outside of 0..1000 are clamped to it;
+        - numbers may be written as strings; a box that is not four finite numbers is left out;
+        - a label that is missing or not a string is "";
+        - the first image is meant, unless the object has an integer "image" (counted from 0); a box for an image that
+          does not exist is left out;
+        - trailing commas are accepted; an object that is no JSON otherwise is left out;
+        - `truncated` is set when the text ends inside an object or before the end of its list.
+
+    "none": the model answers without boxes; the result is empty.
+
+    Raises:
+        ValueError: the convention is unknown.
+    """
+    if convention not in CONVENTIONS:
+        raise ValueError(f"unknown box convention {convention!r} (known: {', '.join(CONVENTIONS)})")
+    return CONVENTIONS[convention](text, images)
+
+
+def _none(text: str, images: Sequence[tuple[int, int]]) -> Boxes:
+    return Boxes((), truncated=False)
+
+
+def _box_2d(text: str, images: Sequence[tuple[int, int]]) -> Boxes:
+    boxes: list[Box] = []
+    in_list = False
+    end = 0
+    for start, stop, found in _objects_with(text, "box_2d"):
+        gap = text[end:start].strip()
+        in_list = gap.endswith("[") or (in_list and gap == ",")
+        end = stop
+        boxes.extend(box for item in found if (box := _read_box_2d(item, images)) is not None)
+    tail = text[end:]
+    list_is_open = in_list and not tail.lstrip(" \t\r\n,").startswith("]")
+    return Boxes(tuple(boxes), truncated=list_is_open or _UNFINISHED.search(tail) is not None)
+
+
+def _read_box_2d(item: dict[str, Any], images: Sequence[tuple[int, int]]) -> Box | None:
+    """One JSON object -> Box, or None if a rule of `parse_boxes` leaves it out."""
+    grid = item["box_2d"]
+    index = item.get("image", 0)
+    if not isinstance(index, int) or isinstance(index, bool):
+        index = 0
+    if not isinstance(grid, list) or len(grid) != 4 or not 0 <= index < len(images):
+        return None
+    values = [_number(value) for value in grid]
+    if not all(map(math.isfinite, values)):
+        return None
+    y_first, x_first, y_second, x_second = (min(max(value, 0.0), 1000.0) for value in values)
+    height, width = images[index]
+    x_min, x_max = sorted((x_first * width / 1000, x_second * width / 1000))
+    y_min, y_max = sorted((y_first * height / 1000, y_second * height / 1000))
+    label = item.get("label")
+    # JSON can spell half of a surrogate pair, which no output stream would accept.
+    text = label.encode("utf-8", "replace").decode() if isinstance(label, str) else ""
+    return Box(text, (x_min, y_min, x_max, y_max), index)
+
+
+def _number(value: object) -> float:
+    """`value` as a float, NaN if it is no number."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return math.nan
+    try:
+        return float(value)
+    except (ValueError, OverflowError):  # not a number in a string; an integer beyond the range of float
+        return math.nan
+
+
+# A JSON object, seen from far away: braces that balance outside of strings, with at most one level of objects inside.
+# It only says where to call the JSON decoder. Calling it at every brace takes quadratic time on `{"a":{"a":...`, and
+# decoding from the outermost brace fails as a whole on a truncated answer. Possessive repetition (`*+`) and the absence
+# of bare backslashes keep the search linear: of all attempts at most a few can be alive at one place of the text.
+_STRING = r'"(?:[^"\\]++|\\.)*+"'
+_FLAT_OBJECT = rf'\{{(?:[^"\\{{}}]++|{_STRING})*+\}}'
+_OBJECT = re.compile(rf'\{{(?:[^"\\{{}}]++|{_STRING}|{_FLAT_OBJECT})*+\}}', re.DOTALL)
+_UNFINISHED = re.compile(r'\{\s*+(?:"|\Z)|\[\s*+\Z')
+_TRAILING_COMMA = re.compile(rf"({_STRING})|,(?=\s*+[\]}}])", re.DOTALL)
+_DECODER = json.JSONDecoder(strict=False)  # not strict: line breaks inside strings
+
+
+def _objects_with(text: str, key: str) -> Iterator[tuple[int, int, list[dict[str, Any]]]]:
+    """Start, end and value of each piece of JSON that holds objects with `key`; see `_OBJECT` for what is found."""
+    position = 0
+    while match := _OBJECT.search(text, position):
+        position = match.end()
+        if f'"{key}"' not in match.group():
+            continue
+        try:
+            value, _ = _DECODER.raw_decode(_TRAILING_COMMA.sub(r"\1", match.group()))
+        except (ValueError, RecursionError):  # ValueError also for an integer of thousands of digits
+            position = match.start() + 1  # braces around no JSON may still hold an object
+            continue
+        if found := list(_walk(value, key)):
+            yield match.start(), match.end(), found
+
+
+def _walk(value: object, key: str) -> Iterator[dict[str, Any]]:
+    """All objects with `key` inside a JSON value, in order; not recursive, because arrays may be nested deeply."""
+    pending = [value]
+    while pending:
+        value = pending.pop()
+        if isinstance(value, dict) and key in value:
+            yield value
+        elif isinstance(value, dict):
+            pending.extend(reversed(value.values()))
+        elif isinstance(value, list):
+            pending.extend(reversed(value))
+
+
+CONVENTIONS: dict[str, Callable[[str, Sequence[tuple[int, int]]], Boxes]] = {"box_2d": _box_2d, "none": _none}

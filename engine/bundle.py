@@ -1,0 +1,142 @@
+"""A bundle on disk: find it, read its manifest, check its files. Nothing here loads a graph.
+
+A bundle is untrusted input: file names stay inside the folder, sizes and SHA-256 sums are checked before anything is
+opened, and nothing in it is executed except the graphs and the sandboxed chat template.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+from .errors import BundleError
+from .manifest import MANIFEST_NAME, FileFact, Manifest, read_manifest
+
+__all__ = ["Bundle", "cache_folder", "demo_folder", "find_bundle"]
+
+MANIFEST_BYTES = 1 << 20  # a manifest is a few kilobytes; anything near this is not one
+
+
+def cache_folder() -> Path:
+    """Where bundles live by name: $SIGLANCE_HOME, or ~/.cache/siglance."""
+    return Path(os.environ.get("SIGLANCE_HOME") or Path.home() / ".cache" / "siglance")
+
+
+def demo_folder() -> Path:
+    """The embedded demo bundle."""
+    return Path(__file__).parent / "assets" / "demo"
+
+
+def find_bundle(name: str | os.PathLike[str]) -> Path:
+    """The folder of a bundle given as a path, as a name in the cache, or as "demo".
+
+    Raises BundleError naming the places that were tried.
+    """
+    path = Path(name)
+    if (path / MANIFEST_NAME).is_file():
+        return path
+    tried = [str(path)]
+    if isinstance(name, str) and name and path.name == name and name not in (".", ".."):
+        if name == "demo":
+            return demo_folder()
+        cached = cache_folder() / name
+        if (cached / MANIFEST_NAME).is_file():
+            return cached
+        tried.append(str(cached))
+    raise BundleError(f"no bundle {str(name)!r}: no {MANIFEST_NAME} in {' or '.join(tried)}")
+
+
+class Bundle:
+    """A verified bundle: `manifest`, and `path(name)` for its files."""
+
+    def __init__(self, folder: Path, manifest: Manifest):
+        self.folder = folder
+        self.manifest = manifest
+
+    @classmethod
+    def open(cls, name: str | os.PathLike[str]) -> Bundle:
+        """Find a bundle, read its manifest and check every file it lists. Raises BundleError naming what is wrong."""
+        folder = find_bundle(name).resolve()
+        path = folder / MANIFEST_NAME
+        try:
+            if path.stat().st_size > MANIFEST_BYTES:
+                raise BundleError(f"{path} has {path.stat().st_size} bytes, a manifest has at most {MANIFEST_BYTES}")
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise BundleError(f"{path} cannot be read: {error}") from None
+        bundle = cls(folder, read_manifest(text))
+        stamps = _Stamps()
+        for key, fact in bundle.manifest.files.items():
+            _check_file(folder, key, fact, stamps)
+        stamps.save()
+        return bundle
+
+    def path(self, key: str) -> Path:
+        """The path of the file listed under `key`."""
+        fact = self.manifest.files.get(key)
+        if fact is None:
+            raise BundleError(f"the bundle in {self.folder} has no file {key!r}")
+        return self.folder / fact.path
+
+
+def _check_file(folder: Path, key: str, fact: FileFact, stamps: _Stamps) -> None:
+    if not fact.path or Path(fact.path).name != fact.path or "\\" in fact.path or fact.path in (".", ".."):
+        raise BundleError(f"files.{key}: path {fact.path!r} must be a plain file name")
+    path = folder / fact.path
+    if not path.is_file() or path.is_symlink():
+        raise BundleError(f"files.{key}: {path} is missing or not a regular file")
+    size = path.stat().st_size
+    if size != fact.size:
+        raise BundleError(f"files.{key}: {path} has {size} bytes, the manifest says {fact.size}")
+    if stamps.known(path, fact.sha256):
+        return
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != fact.sha256:
+        raise BundleError(f"files.{key}: {path} has SHA-256 {found}, the manifest says {fact.sha256}")
+    stamps.remember(path, fact.sha256)
+
+
+class _Stamps:
+    """Files whose hash was checked before and that have not changed since (path, inode, size, time of change).
+
+    Hashing gigabytes at every start would cost seconds. Hashes find damage; they do not protect against somebody who
+    can write the folder, because such a person can write the manifest too.
+    """
+
+    def __init__(self):
+        self._path = cache_folder() / "verified.json"
+        self._changed = False
+        try:
+            known = json.loads(self._path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            known = {}
+        self._known: dict[str, str] = known if isinstance(known, dict) else {}
+
+    def known(self, path: Path, sha256: str) -> bool:
+        return self._known.get(self._key(path)) == sha256
+
+    def remember(self, path: Path, sha256: str) -> None:
+        # Small files are hashed faster than they are looked up.
+        if path.stat().st_size > 1 << 20:
+            self._known[self._key(path)] = sha256
+            self._changed = True
+
+    def save(self) -> None:
+        """Store what is new; a folder that cannot be written only costs time later."""
+        if not self._changed:
+            return
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            fresh = self._path.with_name(f"{self._path.name}.{os.getpid()}")
+            fresh.write_text(json.dumps(self._known), encoding="utf-8")
+            fresh.replace(self._path)
+        except OSError:
+            return
+
+    @staticmethod
+    def _key(path: Path) -> str:
+        status = path.stat()
+        return f"{path}|{status.st_ino}|{status.st_size}|{status.st_mtime_ns}|{status.st_ctime_ns}"

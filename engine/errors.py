@@ -1,0 +1,79 @@
+"""Every error the engine raises on purpose.
+
+    SiglanceError
+    ├── BundleError            a bundle is broken, tampered with or incomplete
+    │   └── UnsupportedBundle  a bundle is fine but needs a mechanism this engine does not have
+    ├── InputError             what the caller passed in cannot be used (message names part, value and limit)
+    │   ├── ImageError         an image cannot be read, or is over a limit
+    │   ├── PromptError        the conversation cannot be turned into a prompt
+    │   ├── SamplingError      a sampling value is out of range
+    │   └── ContextFull        the prompt does not fit the context
+    ├── DeviceError            the device that was asked for cannot be used
+    ├── ModelOutputError       the model produced something that cannot be decoded (non-finite logits)
+    └── ExportError            a checkpoint cannot be turned into a bundle
+
+The command line prints any of them as one line and exits with 1.
+"""
+
+__all__ = [
+    "BundleError",
+    "ContextFull",
+    "DeviceError",
+    "ExportError",
+    "ImageError",
+    "InputError",
+    "ModelOutputError",
+    "PromptError",
+    "SamplingError",
+    "SiglanceError",
+    "UnsupportedBundle",
+]
+
+
+class SiglanceError(Exception):
+    """Base class of all errors raised on purpose."""
+
+
+class BundleError(SiglanceError):
+    """A bundle is broken, tampered with or incomplete."""
+
+
+class UnsupportedBundle(BundleError):
+    """A bundle needs a mechanism (`requires`) or a format this engine does not know."""
+
+
+class InputError(SiglanceError, ValueError):
+    """What the caller passed in cannot be used."""
+
+
+class ImageError(InputError):
+    """An image cannot be read, or is over a limit."""
+
+
+class PromptError(InputError):
+    """The conversation cannot be turned into a prompt."""
+
+
+class SamplingError(InputError):
+    """A sampling value is out of its range."""
+
+
+class ContextFull(InputError):
+    """The prompt does not fit the context of the model."""
+
+    def __init__(self, prompt_tokens: int, context: int):
+        super().__init__(f"the prompt has {prompt_tokens} tokens, the context of this bundle holds {context}")
+        self.prompt_tokens = prompt_tokens
+        self.context = context
+
+
+class DeviceError(SiglanceError):
+    """The device that was asked for cannot be used."""
+
+
+class ModelOutputError(SiglanceError):
+    """The model produced something that cannot be decoded, such as non-finite logits."""
+
+
+class ExportError(SiglanceError):
+    """A checkpoint cannot be turned into a bundle."""

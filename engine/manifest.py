@@ -1,0 +1,247 @@
+"""The manifest of a bundle: what `siglance.json` may say, and a reader that accepts nothing else.
+
+A manifest states facts; it holds no shapes, dtypes or layer counts (the graphs are the truth about those), no
+expressions and no code. An unknown key is an error: a typing mistake must not become a silently ignored option.
+`family` and `name` are for people. The engine never reads them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import BundleError, UnsupportedBundle
+
+__all__ = [
+    "FORMAT",
+    "MANIFEST_NAME",
+    "MECHANISMS",
+    "FileFact",
+    "ImageFacts",
+    "Manifest",
+    "PlaceholderFacts",
+    "PromptFacts",
+    "ReplyFacts",
+    "SamplingFacts",
+    "StatePair",
+    "read_manifest",
+    "write_manifest",
+]
+
+FORMAT = 1
+MANIFEST_NAME = "siglance.json"
+
+# What this engine can do. A bundle lists what it needs in `requires`; anything else is refused by name.
+MECHANISMS: frozenset[str] = frozenset(
+    {
+        "image:aspect_patches",  # resize to fill a token budget, whole multiples of patch*pool on both sides
+        "state:global",  # one growing key/value buffer per layer
+        "state:window",  # a buffer of fixed capacity; the operator evicts, see GroupQueryAttention sliding_window_cache
+        "logit_rows:any",  # any prompt rows may ask for logits
+        "logit_rows:last",  # only the last row of a chunk is exact (layers that share keys and values see one row)
+    }
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileFact:
+    """One file of the bundle: its path inside the folder, its size in bytes and its SHA-256 in hexadecimal."""
+
+    path: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageFacts:
+    """How pixels become patches. Normalisation is not here: it is folded into the vision graph."""
+
+    policy: str  # "aspect_patches"
+    patch_size: int  # side of a patch in pixels
+    pool_size: int  # patches per side of one soft token
+    budgets: tuple[int, ...]  # allowed numbers of soft tokens, ascending
+    default_budget: int
+    resample: str  # "bicubic" | "bilinear", Pillow's antialiased filters on uint8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlaceholderFacts:
+    """How one medium appears in the prompt: the template writes `item`; it becomes before + soft * n + after."""
+
+    item: str
+    before: str
+    soft: str
+    after: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptFacts:
+    """Prompt facts. `begin` is the beginning-of-sequence token; `image` is null for a text-only bundle."""
+
+    begin: str
+    image: PlaceholderFacts | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplyFacts:
+    """How replies are read. `boxes` is "box_2d", "loc" or "none"; markers are the special tokens around thoughts."""
+
+    boxes: str
+    thought: tuple[str, str] | None
+    tool_call: tuple[str, str] | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StatePair:
+    """One tensor of decoder state: the graph reads `input` and writes `output`; `kind` is "global" or "window"."""
+
+    input: str
+    output: str
+    kind: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingFacts:
+    """The checkpoint's sampling defaults; null means that the filter is off. temperature 0 is greedy."""
+
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """All facts of a bundle. Field names are the keys of `siglance.json`, in this order."""
+
+    format: int
+    family: str
+    name: str
+    target: str  # "cpu" | "cuda"
+    precision: str  # "fp32", later others; for people
+    requires: tuple[str, ...]
+    modalities: tuple[str, ...]  # "text", "image"
+    context: int  # tokens, prompt and reply together
+    stop_ids: tuple[int, ...]
+    # graphs: "vision" (only with images), "embed", "decoder"; also "weights", "tokenizer", "self_test", "export" and
+    # "chat_template" (absent: a base model, always raw)
+    files: dict[str, FileFact]
+    image: ImageFacts | None
+    prompt: PromptFacts
+    reply: ReplyFacts
+    state: tuple[StatePair, ...]
+    sampling: SamplingFacts
+
+
+def read_manifest(text: str) -> Manifest:
+    """Parse the text of a `siglance.json`.
+
+    Raises BundleError naming the key for anything missing, unknown or of the wrong type, and UnsupportedBundle
+    for a format or a mechanism this engine does not know.
+    """
+    try:
+        raw = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise BundleError(f"{MANIFEST_NAME} is not JSON: {error}") from None
+    if not isinstance(raw, dict):
+        raise BundleError(f"{MANIFEST_NAME} must be a JSON object, not {type(raw).__name__}")
+    if raw.get("format") != FORMAT:
+        raise UnsupportedBundle(
+            f"{MANIFEST_NAME}: format {raw.get('format')!r} is not supported, this engine reads format {FORMAT}"
+        )
+    manifest = typing.cast(Manifest, _build(Manifest, raw, ""))
+    unknown = [name for name in manifest.requires if name not in MECHANISMS]
+    if unknown:
+        raise UnsupportedBundle(
+            f"this bundle requires {', '.join(map(repr, unknown))}, which this engine does not have "
+            f"(it has: {', '.join(sorted(MECHANISMS))})"
+        )
+    _check(manifest)
+    return manifest
+
+
+def write_manifest(manifest: Manifest) -> str:
+    """The text of `siglance.json` for `manifest`; `read_manifest` gives the same value back."""
+    return json.dumps(dataclasses.asdict(manifest), indent=1, ensure_ascii=False) + "\n"
+
+
+def _build(kind: Any, value: Any, where: str) -> Any:
+    """Convert parsed JSON to `kind`, which is a dataclass, a container of one, or a scalar type."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        return _build_dataclass(typing.cast(type, kind), value, where)
+    if origin in (types.UnionType, typing.Union):  # only "X | None" occurs
+        return None if value is None else _build(arguments[0], value, where)
+    if origin is tuple:
+        if not isinstance(value, list):
+            raise BundleError(f"{MANIFEST_NAME}: '{where}' must be a list, not {type(value).__name__}")
+        if arguments[-1] is not Ellipsis and len(value) != len(arguments):
+            raise BundleError(f"{MANIFEST_NAME}: '{where}' must have {len(arguments)} items, not {len(value)}")
+        return tuple(_build(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(value))
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise BundleError(f"{MANIFEST_NAME}: '{where}' must be an object, not {type(value).__name__}")
+        return {key: _build(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        raise BundleError(f"{MANIFEST_NAME}: '{where}' must be of type {kind.__name__}, not {type(value).__name__}")
+    return value
+
+
+def _build_dataclass(kind: type, value: Any, where: str) -> Any:
+    if not isinstance(value, dict):
+        raise BundleError(f"{MANIFEST_NAME}: '{where}' must be an object, not {type(value).__name__}")
+    hints = typing.get_type_hints(kind)
+    prefix = f"{where}." if where else ""
+    for key in value:
+        if key not in hints:
+            raise BundleError(f"{MANIFEST_NAME}: unknown key '{prefix}{key}' (known here: {', '.join(hints)})")
+    for key in hints:
+        if key not in value:
+            raise BundleError(f"{MANIFEST_NAME}: missing key '{prefix}{key}'")
+    return kind(**{key: _build(hints[key], value[key], prefix + key) for key in hints})
+
+
+def _check(manifest: Manifest) -> None:
+    """Values that types cannot express."""
+
+    def require(condition: bool, key: str, value: object, wanted: str) -> None:
+        if not condition:
+            raise BundleError(f"{MANIFEST_NAME}: '{key}' is {value!r}, expected {wanted}")
+
+    require(manifest.target in ("cpu", "cuda"), "target", manifest.target, "'cpu' or 'cuda'")
+    require(manifest.context > 0, "context", manifest.context, "a positive number of tokens")
+    for name in ("embed", "decoder", "tokenizer"):
+        require(name in manifest.files, "files", sorted(manifest.files), f"an entry '{name}'")
+    require(
+        manifest.reply.boxes in ("box_2d", "loc", "none"),
+        "reply.boxes",
+        manifest.reply.boxes,
+        "'box_2d', 'loc' or 'none'",
+    )
+    for index, pair in enumerate(manifest.state):
+        require(pair.kind in ("global", "window"), f"state[{index}].kind", pair.kind, "'global' or 'window'")
+    require("text" in manifest.modalities, "modalities", manifest.modalities, "at least 'text'")
+    has_image = "image" in manifest.modalities
+    for key, present in (
+        ("image", manifest.image is not None),
+        ("prompt.image", manifest.prompt.image is not None),
+        ("files.vision", "vision" in manifest.files),
+    ):
+        require(present == has_image, key, present, f"presence to follow 'image' in modalities ({has_image})")
+    if manifest.image is not None:
+        facts = manifest.image
+        require(facts.patch_size > 0 and facts.pool_size > 0, "image", facts, "positive patch and pool sizes")
+        require(bool(facts.budgets) and min(facts.budgets) > 0, "image.budgets", facts.budgets, "positive budgets")
+        require(
+            facts.default_budget in facts.budgets,
+            "image.default_budget",
+            facts.default_budget,
+            f"one of {facts.budgets}",
+        )
+        require(facts.resample in ("bicubic", "bilinear"), "image.resample", facts.resample, "'bicubic' or 'bilinear'")

@@ -1,0 +1,181 @@
+"""Graphs, wires and state: from pixels and token ids to logits. Knows no text, no sampling and no stopping.
+
+Tensors are wired by name: whatever the `embed` graph puts out and the `decoder` graph declares flows from one to the
+other. Soft tokens overwrite their rows of `inputs_embeds`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .bundle import Bundle
+from .errors import BundleError, InputError, ModelOutputError, PromptError
+from .graph import Device, Graph, resolve_device, tensor
+from .state import DecoderState, check_state
+
+__all__ = ["PREFILL_CHUNK", "Runtime", "Session", "SoftTokens"]
+
+PREFILL_CHUNK = 512  # tokens of the prompt that run at once: bounds the memory of activations
+
+_MADE_BY_ENGINE = ("seqlens_k", "total_sequence_length", "logit_rows")
+
+
+@dataclass(frozen=True, slots=True)
+class SoftTokens:
+    """Soft tokens float32 [n, D] and the row of the prompt at which they begin."""
+
+    start: int
+    values: np.ndarray
+
+
+class Runtime:
+    """The loaded graphs of a bundle. Stateless between sequences; a `Session` is one sequence.
+
+    `prepack=False` trades speed for memory: weights stay mapped from the file.
+    """
+
+    def __init__(self, bundle: Bundle, *, device: str = "auto", threads: int | None = None, prepack: bool = True):
+        self.manifest = bundle.manifest
+        self.device: Device = resolve_device(device, bundle.manifest.target)
+        graphs = {
+            name: Graph(bundle.path(name), self.device, threads=threads, prepack=prepack)
+            for name in ("embed", "decoder", "vision")
+            if name in bundle.manifest.files
+        }
+        self.embed, self.decoder, self.vision = graphs["embed"], graphs["decoder"], graphs.get("vision")
+        self._check_wiring()
+        self.hidden = int(self.embed.outputs["inputs_embeds"].shape[-1])
+        self.vocabulary = int(self.decoder.outputs["logits"].shape[-1])
+
+    @property
+    def providers(self) -> dict[str, list[str]]:
+        """The execution providers each graph really runs on."""
+        graphs = {"vision": self.vision, "embed": self.embed, "decoder": self.decoder}
+        return {name: graph.providers for name, graph in graphs.items() if graph is not None}
+
+    def encode(self, patches: np.ndarray, positions: np.ndarray, soft_tokens: int) -> np.ndarray:
+        """patches uint8 [n, 3 p p] and positions int64 [n, 2], block-major -> soft tokens float32 [soft_tokens, D]."""
+        if self.vision is None:
+            raise PromptError("this bundle has no vision input")
+        values = self.vision.run({"patches": patches, "positions": positions})["soft_tokens"]
+        if values.shape != (soft_tokens, self.hidden):
+            raise ModelOutputError(
+                f"the vision graph returned soft tokens of shape {list(values.shape)}, "
+                f"expected {[soft_tokens, self.hidden]}"
+            )
+        if not np.isfinite(values).all():
+            raise ModelOutputError("the vision graph returned soft tokens that are not finite")
+        return values
+
+    def session(self) -> Session:
+        """A new, empty sequence."""
+        return Session(self)
+
+    def _check_wiring(self) -> None:
+        embed, decoder = self.embed, self.decoder
+        state_inputs = {pair.input for pair in self.manifest.state}
+        for graph, outputs in ((embed, ("inputs_embeds",)), (decoder, ("logits",))):
+            for name in outputs:
+                if name not in graph.outputs or not isinstance(graph.outputs[name].shape[-1], int):
+                    raise BundleError(f"graph {graph.name!r} has no output {name!r} of known width")
+        check_state(decoder, self.manifest.state)
+        for name, facts in decoder.inputs.items():
+            if name in state_inputs or name in _MADE_BY_ENGINE:
+                continue
+            source = embed.outputs.get(name)
+            if source is None:
+                raise BundleError(f"decoder input {name!r} has no source: neither a graph nor the engine makes it")
+            if source.dtype != facts.dtype or source.shape[-1] != facts.shape[-1]:
+                raise BundleError(f"decoder input {name!r} is {facts}, the embed graph makes {source}")
+        missing = [name for name in _MADE_BY_ENGINE if name not in decoder.inputs]
+        if missing:
+            raise BundleError(f"the decoder graph does not declare {', '.join(missing)}")
+        if self.vision is not None:
+            shape = self.vision.outputs["soft_tokens"].shape if "soft_tokens" in self.vision.outputs else ()
+            if not shape or shape[-1] != embed.outputs["inputs_embeds"].shape[-1]:
+                raise BundleError("the vision graph has no output 'soft_tokens' as wide as the embeddings")
+
+
+class Session:
+    """One sequence: feed token ids, get logits."""
+
+    def __init__(self, runtime: Runtime):
+        self._runtime = runtime
+        self._state = DecoderState(runtime.decoder, runtime.manifest.state, runtime.manifest.context)
+        self._wires = [name for name in runtime.decoder.inputs if name in runtime.embed.outputs]
+
+    @property
+    def length(self) -> int:
+        """Tokens in the state."""
+        return self._state.length
+
+    @property
+    def state_bytes(self) -> int:
+        return self._state.nbytes
+
+    def prefill(self, ids: np.ndarray, soft: Sequence[SoftTokens] = (), *, chunk: int = PREFILL_CHUNK) -> np.ndarray:
+        """Run the prompt ids int64 [L] in chunks and return the logits of the last row, float32 [V]."""
+        if not len(ids):
+            raise PromptError("the prompt is empty")
+        return list(self.prefill_chunks(ids, soft, chunk=chunk))[-1]
+
+    def prefill_chunks(
+        self, ids: np.ndarray, soft: Sequence[SoftTokens] = (), *, chunk: int = PREFILL_CHUNK
+    ) -> Iterator[np.ndarray]:
+        """Like `prefill`, yielding the logits of each chunk's last row, so that a caller can stop in between."""
+        if chunk < 1:
+            raise InputError(f"the prefill chunk is {chunk}, it must be at least 1")
+        self._state.reserve(len(ids))
+        for start in range(0, len(ids), chunk):
+            part = ids[start : start + chunk]
+            yield self._run(part, self._splice(part, start, soft), np.array([len(part) - 1], np.int64))[0]
+
+    def prompt_logits(self, ids: np.ndarray, soft: Sequence[SoftTokens] = ()) -> np.ndarray:
+        """Logits of every prompt row, float32 [L, V].
+
+        Bundles whose later layers see only the last row of a chunk ("logit_rows:last") are run one token at a time.
+        """
+        any_rows = "logit_rows:any" in self._runtime.manifest.requires
+        chunk = PREFILL_CHUNK if any_rows else 1
+        self._state.reserve(len(ids))
+        rows = np.empty((len(ids), self._runtime.vocabulary), np.float32)
+        for start in range(0, len(ids), chunk):
+            part = ids[start : start + chunk]
+            wanted = np.arange(len(part), dtype=np.int64)
+            rows[start : start + len(part)] = self._run(part, self._splice(part, start, soft), wanted)
+        return rows
+
+    def step(self, token: int) -> np.ndarray:
+        """Append one token and return the logits that follow it, float32 [V]."""
+        self._state.reserve(1)
+        ids = np.array([token], np.int64)
+        return self._run(ids, self._splice(ids, 0, ()), np.zeros(1, np.int64))[0]
+
+    def _splice(self, ids: np.ndarray, start: int, soft: Sequence[SoftTokens]) -> dict[str, np.ndarray]:
+        """The wires of a chunk that begins at prompt row `start`, soft tokens in place."""
+        wires = self._runtime.embed.run({"input_ids": ids[None, :]})
+        rows = wires["inputs_embeds"]
+        for block in soft:
+            first, stop = max(block.start, start), min(block.start + len(block.values), start + len(ids))
+            if first < stop:
+                rows[0, first - start : stop - start] = block.values[first - block.start : stop - block.start]
+        return wires
+
+    def _run(self, ids: np.ndarray, wires: dict[str, np.ndarray], wanted: np.ndarray) -> np.ndarray:
+        """Run one chunk through the decoder; returns logits [len(wanted), V]. The state grows only if that succeeds."""
+        total = self._state.length + len(ids)
+        logits = np.empty((len(wanted), self._runtime.vocabulary), np.float32)
+        binding = self._runtime.decoder.bind()
+        for name in self._wires:
+            binding.bind_cpu_input(name, wires[name])
+        binding.bind_cpu_input("seqlens_k", np.array([total - 1], np.int32))
+        binding.bind_cpu_input("total_sequence_length", np.array(total, np.int32))
+        binding.bind_cpu_input("logit_rows", wanted)
+        self._state.bind(binding)
+        binding.bind_ortvalue_output("logits", tensor(logits))
+        self._runtime.decoder.run_bound(binding)
+        self._state.length = total
+        return logits

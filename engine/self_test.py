@@ -1,0 +1,131 @@
+"""The self-test of a bundle: fixed inputs with the logits they must give, replayed on the device that will run it.
+
+`record` writes what a bundle gives where it was exported; `replay` compares. Inputs are token ids and pictures made
+by a formula, so that a self-test needs neither tokenizer nor image files.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .bundle import Bundle
+from .errors import BundleError
+from .image_policy import POLICIES
+from .runtime import Runtime, SoftTokens
+
+__all__ = ["CaseResult", "VerifyReport", "formula_picture", "record", "replay"]
+
+_STEPS = 8  # greedy steps after the prompt
+_TOP = 10  # logits stored per step
+_TEXT_TOKENS = 12
+EQUAL = 1e-3  # largest logit difference that counts as equal: fp32 on another machine
+CLOSE = 0.1  # share of the logits' spread that another precision or device may lose
+
+
+def formula_picture(height: int, width: int) -> np.ndarray:
+    """A picture with colour, edges and texture, uint8 [height, width, 3]: integer arithmetic, the same anywhere."""
+    y, x = np.mgrid[:height, :width]
+    channels = (x * 255 // max(width - 1, 1), y * 255 // max(height - 1, 1), (x // 7 ^ y // 5) * 37 % 256)
+    return np.stack(channels, axis=-1).astype(np.uint8)
+
+
+def record(folder: Path) -> dict[str, Any]:
+    """Run the bundle in `folder` and return the content of its self_test.json."""
+    bundle = Bundle.open(folder)
+    runtime = Runtime(bundle, device="cpu" if bundle.manifest.target == "cpu" else "auto", prepack=False)
+    return {"format": 1, "cases": [_record_case(runtime, case) for case in _cases(runtime)]}
+
+
+@dataclass(frozen=True, slots=True)
+class CaseResult:
+    """One case: largest difference of the stored logits, and the share of steps whose best token agrees."""
+
+    name: str
+    max_logit_difference: float
+    argmax_agreement: float
+    spread: float  # difference between the largest and smallest stored logit, the scale to judge differences by
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyReport:
+    """`result` is "equal" (within 1e-3), "close" (within a tenth of the spread and 7 of 8 best tokens) or "wrong"."""
+
+    result: str
+    max_logit_difference: float
+    argmax_agreement: float
+    cases: tuple[CaseResult, ...]
+
+
+def replay(bundle: Bundle, runtime: Runtime) -> VerifyReport:
+    """Run the self-test of `bundle` on `runtime`. Raises BundleError when it has none or it is malformed."""
+    try:
+        stored = json.loads(bundle.path("self_test").read_text(encoding="utf-8"))
+        cases = tuple(_replay_case(runtime, case) for case in stored["cases"])
+        if stored["format"] != 1 or not cases:
+            raise ValueError("no cases of format 1")
+    except (KeyError, TypeError, ValueError, OSError) as error:
+        raise BundleError(f"self_test.json cannot be used: {type(error).__name__}: {error}") from None
+    difference = max(case.max_logit_difference for case in cases)
+    agreement = min(case.argmax_agreement for case in cases)
+    close = agreement >= 7 / 8 and all(case.max_logit_difference <= CLOSE * case.spread for case in cases)
+    result = "equal" if difference <= EQUAL and agreement == 1.0 else "close" if close else "wrong"
+    return VerifyReport(result, difference, agreement, cases)
+
+
+def _cases(runtime: Runtime) -> list[dict[str, Any]]:
+    """Text alone, and for a bundle that sees, one picture at its smallest budget. Ids are spread over the table."""
+    facts = runtime.manifest.image
+    text = (np.arange(1, _TEXT_TOKENS + 1) * 2_654_435_761 % runtime.vocabulary).tolist()
+    cases: list[dict[str, Any]] = [{"name": "text", "ids": text, "picture": None}]
+    if facts is not None:
+        cases.append(
+            {"name": "image", "ids": text, "picture": {"height": 120, "width": 168, "budget": facts.budgets[0]}}
+        )
+    return cases
+
+
+def _record_case(runtime: Runtime, case: dict[str, Any]) -> dict[str, Any]:
+    steps, token = [], None
+    for logits in _run(runtime, case, None):
+        best = np.argsort(-logits, kind="stable")[:_TOP]
+        token = int(best[0])
+        steps.append(
+            {"ids": best.tolist(), "logits": [round(float(value), 6) for value in logits[best]], "next": token}
+        )
+    return {**case, "steps": steps}
+
+
+def _replay_case(runtime: Runtime, case: dict[str, Any]) -> CaseResult:
+    difference, agreed, low, high = 0.0, 0, np.inf, -np.inf
+    for logits, step in zip(_run(runtime, case, case["steps"]), case["steps"], strict=True):
+        expected = np.array(step["logits"], np.float64)
+        difference = max(difference, float(np.abs(logits[np.array(step["ids"])] - expected).max()))
+        agreed += int(np.argmax(logits)) == step["next"]
+        low, high = min(low, expected.min()), max(high, expected.max())
+    return CaseResult(case["name"], difference, agreed / len(case["steps"]), float(high - low))
+
+
+def _run(runtime: Runtime, case: dict[str, Any], stored: list[dict[str, Any]] | None) -> Any:
+    """Logits after the prompt and after each following token: the stored ones when replaying, else the best ones."""
+    ids = np.array(case["ids"], np.int64)
+    soft = []
+    if case["picture"] is not None:
+        facts = runtime.manifest.image
+        if facts is None:
+            raise BundleError("self_test.json has a picture, the bundle has no vision input")
+        picture = formula_picture(case["picture"]["height"], case["picture"]["width"])
+        patches = POLICIES[facts.policy].prepare(picture, facts, case["picture"]["budget"])
+        values = runtime.encode(patches.values, patches.positions, len(patches.values) // facts.pool_size**2)
+        soft = [SoftTokens(1, values)]
+        ids = np.concatenate([ids[:1], np.zeros(len(values), np.int64), ids[1:]])
+    session = runtime.session()
+    logits = session.prefill(ids, soft)
+    for index in range(_STEPS):
+        yield logits
+        if index < _STEPS - 1:
+            logits = session.step(stored[index]["next"] if stored else int(np.argmax(logits)))

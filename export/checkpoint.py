@@ -1,0 +1,179 @@
+"""A checkpoint on disk: Hugging Face folder with `config.json`, safetensors and tokenizer files. Read-only.
+
+Tensors are read one at a time, and large tables in slices of rows, so that peak memory is a few tensors whatever the
+size of the model.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from ..engine.errors import ExportError
+
+__all__ = ["Checkpoint", "Weights"]
+
+SLICE_BYTES = 32 << 20  # rows of a large table are read in slices of about this size
+_DTYPES = {"F32": 4, "F16": 2, "BF16": 2, "F64": 8}
+
+
+class Checkpoint:
+    """A folder holding `config.json` and `*.safetensors`. Raises ExportError naming the file for anything unusable."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        if not folder.is_dir():
+            raise ExportError(f"no such checkpoint folder: {folder}")
+        self.config: dict[str, Any] = self.json("config.json", required=True)
+        self._files = self._index()
+
+    def json(self, name: str, *, required: bool = False) -> dict[str, Any]:
+        """The JSON object in file `name`, or an empty one when the file is absent and not required."""
+        path = self.folder / name
+        if not path.is_file():
+            if required:
+                raise ExportError(f"{self.folder} has no {name}")
+            return {}
+        try:
+            value = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ExportError(f"{path} cannot be read as JSON: {error}") from None
+        if not isinstance(value, dict):
+            raise ExportError(f"{path} must hold a JSON object, not {type(value).__name__}")
+        return value
+
+    def names(self) -> set[str]:
+        """The names of all tensors."""
+        return set(self._files)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of tensor `name` without reading it."""
+        with self._open(name) as file:
+            return tuple(file.get_slice(name).get_shape())
+
+    def read(self, name: str) -> np.ndarray:
+        """Tensor `name` as float32 (bfloat16 and float16 widen without loss)."""
+        with self._open(name) as file:
+            return np.asarray(file.get_tensor(name)).astype(np.float32)
+
+    def read_rows(self, name: str) -> Iterator[np.ndarray]:
+        """Tensor `name` [rows, ...] as float32, in consecutive slices of rows."""
+        shape = self.shape(name)
+        step = max(1, SLICE_BYTES // (4 * int(np.prod(shape[1:], dtype=np.int64))))
+        for start in range(0, shape[0], step):
+            # Reopened for every slice: a mapping that stays open keeps every page it touched resident.
+            with self._open(name) as file:
+                yield np.asarray(file.get_slice(name)[start : min(start + step, shape[0])]).astype(np.float32)
+
+    def _index(self) -> dict[str, Path]:
+        """Tensor name -> file, from the headers of all safetensors files (sharded or not)."""
+        index = self.json("model.safetensors.index.json").get("weight_map")
+        names = (
+            sorted(set(index.values())) if index else [path.name for path in sorted(self.folder.glob("*.safetensors"))]
+        )
+        if not names:
+            raise ExportError(f"{self.folder} has no *.safetensors file")
+        files: dict[str, Path] = {}
+        for name in names:
+            path = self.folder / name
+            if path.parent != self.folder or not path.is_file():
+                raise ExportError(f"{self.folder} has no weights file {name!r}, which its index names")
+            with _open_safetensors(path) as file:
+                for key in file.keys():  # noqa: SIM118 - not a dict
+                    dtype = file.get_slice(key).get_dtype()
+                    if dtype not in _DTYPES:
+                        raise ExportError(f"tensor {key!r} has dtype {dtype}; supported: {', '.join(_DTYPES)}")
+                    files[key] = path
+        return files
+
+    def _open(self, name: str) -> Any:
+        if name not in self._files:
+            raise ExportError(f"the checkpoint has no tensor {name!r}")
+        return _open_safetensors(self._files[name])
+
+
+def _open_safetensors(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="numpy")
+    except (SafetensorError, OSError) as error:
+        raise ExportError(f"{path} is not a complete safetensors file: {error}") from None
+
+
+class Weights:
+    """The tensors of a checkpoint under canonical names, with a record of which ones were used.
+
+    `prefixes` maps a canonical prefix to the prefixes that checkpoints use for it, e.g. ("text.", ("model.", ...)).
+    """
+
+    def __init__(self, checkpoint: Checkpoint, prefixes: dict[str, tuple[str, ...]]):
+        self._checkpoint = checkpoint
+        self._prefixes = prefixes
+        self._names = checkpoint.names()
+        self._used: set[str] = set()
+
+    def has(self, name: str) -> bool:
+        return any(candidate in self._names for candidate in self._candidates(name))
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._checkpoint.shape(self._resolve(name))
+
+    def read(self, name: str, shape: tuple[int, ...] | None = None) -> np.ndarray:
+        """Tensor `name` as float32; a shape other than `shape` is an ExportError."""
+        resolved = self._resolve(name)
+        self._expect(resolved, shape)
+        return self._checkpoint.read(resolved)
+
+    def read_rows(self, name: str, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
+        """Tensor `name` [rows, ...] as float32 in slices of rows."""
+        resolved = self._resolve(name)
+        self._expect(resolved, shape)
+        return self._checkpoint.read_rows(resolved)
+
+    def scalar(self, name: str) -> float:
+        """A tensor of one element."""
+        value = self.read(name)
+        if value.size != 1:
+            raise ExportError(f"tensor {name!r} has shape {value.shape}, expected one element")
+        return float(value.reshape(()))
+
+    def drop(self, name: str) -> None:
+        """Mark a tensor that checkpoints carry but the model does not use; absent is fine."""
+        self._used.update(candidate for candidate in self._candidates(name) if candidate in self._names)
+
+    def drop_matching(self, pattern: re.Pattern[str]) -> int:
+        """Mark all tensors whose checkpoint name starts with `pattern` as left out on purpose; returns their number."""
+        matching = {name for name in self._names if pattern.match(name)}
+        self._used |= matching
+        return len(matching)
+
+    def check_all_used(self) -> None:
+        """Raise ExportError naming the tensors that no graph used: the model would not be the checkpoint's model."""
+        left = sorted(self._names - self._used)
+        if left:
+            shown = ", ".join(left[:5]) + (f" and {len(left) - 5} more" if len(left) > 5 else "")
+            raise ExportError(f"the checkpoint has {len(left)} tensors that this model does not use: {shown}")
+
+    def _candidates(self, name: str) -> list[str]:
+        for prefix, spellings in self._prefixes.items():
+            if name.startswith(prefix):
+                return [spelling + name[len(prefix) :] for spelling in spellings]
+        return [name]
+
+    def _resolve(self, name: str) -> str:
+        candidates = self._candidates(name)
+        for candidate in candidates:
+            if candidate in self._names:
+                self._used.add(candidate)
+                return candidate
+        raise ExportError(f"the checkpoint has no tensor {' or '.join(map(repr, candidates))}")
+
+    def _expect(self, resolved: str, shape: tuple[int, ...] | None) -> None:
+        found = self._checkpoint.shape(resolved)
+        if shape is not None and found != shape:
+            raise ExportError(f"tensor {resolved!r} has shape {list(found)}, the configuration needs {list(shape)}")

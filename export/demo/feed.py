@@ -1,0 +1,57 @@
+"""Training batches from a background process: scenes are drawn while the model learns from the ones before."""
+
+import multiprocessing
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from .scenes import generator, scene
+
+# How often a scene is looked at with each budget: mostly small ones, which cost least.
+BUDGET_SHARES = {16: 0.50, 36: 0.36, 64: 0.09, 100: 0.05}
+PATCHES_PER_BATCH = 4700
+
+
+def batches(first_scene: int) -> Iterator[tuple[int, Any]]:
+    """(scenes drawn so far, batch) without end; scenes of one patch grid are collected until they fill a batch."""
+    from .packing import collate, example
+
+    waiting: dict[tuple[int, int], list[Any]] = {}
+    index = first_scene
+    while True:
+        rng = generator("train", index)
+        index += 1
+        budget = int(rng.choice(list(BUDGET_SHARES), p=list(BUDGET_SHARES.values())))
+        grid, one = example(scene(rng), budget, rng)
+        waiting.setdefault(grid, []).append(one)
+        if len(waiting[grid]) * grid[0] * grid[1] >= PATCHES_PER_BATCH:
+            yield index, collate(grid, waiting.pop(grid))
+
+
+def _work(first_scene: int, queue: Any) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    for item in batches(first_scene):
+        queue.put(pickle.dumps(item))
+
+
+@contextmanager
+def background(first_scene: int) -> Iterator[Iterator[tuple[int, Any]]]:
+    """`batches`, made by another process."""
+    context = multiprocessing.get_context("spawn")  # a forked child would inherit the state of torch's threads
+    queue: Any = context.Queue(maxsize=12)
+    worker = context.Process(target=_work, args=(first_scene, queue), daemon=True)
+    worker.start()
+    try:
+        yield iter(lambda: pickle.loads(queue.get()), None)
+    finally:
+        worker.terminate()
+
+
+def validation_generator() -> np.random.Generator:
+    """For choices made while scoring; apart from both splits of scenes."""
+    return np.random.default_rng([2, 0])

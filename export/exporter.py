@@ -1,0 +1,246 @@
+"""From a checkpoint folder to a bundle folder.
+
+The bundle is built in a temporary sibling folder and renamed at the end: an export that fails or is killed leaves
+nothing that looks like a bundle. The source is only read. The finished bundle is opened and run once in a child process
+so that this process's memory stays small.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import multiprocessing
+import platform
+import shutil
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ..engine.errors import ExportError, SiglanceError
+from ..engine.manifest import (
+    FORMAT,
+    MANIFEST_NAME,
+    FileFact,
+    Manifest,
+    PromptFacts,
+    SamplingFacts,
+    write_manifest,
+)
+from .builder import GraphBuilder, WeightsFile
+from .checkpoint import Checkpoint, Weights
+from .families import ExportOptions, Facts, Family, find_family
+from .self_check import record_self_test, tokenizer_ids
+
+__all__ = ["ExportReport", "export"]
+
+PRECISIONS = ("fp32",)
+TARGETS = ("cpu",)
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportReport:
+    """What was written: the folder, nodes and weight bytes per graph, parts of the checkpoint that were left out."""
+
+    folder: Path
+    family: str
+    precision: str
+    graphs: dict[str, dict[str, int]]
+    left_out: tuple[str, ...]
+    total_bytes: int
+
+
+def export(
+    source: Path,
+    output: Path,
+    options: ExportOptions | None = None,
+    *,
+    name: str | None = None,
+    progress: Callable[[str], None] = lambda stage: None,
+) -> ExportReport:
+    """Export the checkpoint in folder `source` to the new bundle folder `output`.
+
+    `progress` is called with the name of each stage as it begins. Raises ExportError for anything that cannot be
+    exported; nothing is left behind in that case.
+    """
+    options = options or ExportOptions()
+    _check_options(options)
+    if output.exists():
+        raise ExportError(f"{output} exists already; choose a new folder")
+    checkpoint = Checkpoint(source)
+    family = find_family(checkpoint.config)
+    config = family.read(checkpoint.config)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.", suffix=".part") as temporary:
+        folder = Path(temporary) / output.name
+        folder.mkdir()
+        try:
+            report = _write(checkpoint, family, config, options, folder, name or output.name, progress)
+            folder.rename(output)
+        except OSError as error:
+            raise ExportError(f"the bundle cannot be written to {output.parent}: {error}") from None
+    return dataclasses.replace(report, folder=output)
+
+
+def _check_options(options: ExportOptions) -> None:
+    for key, value, allowed in (("precision", options.precision, PRECISIONS), ("target", options.target, TARGETS)):
+        if value not in allowed:
+            raise ExportError(f"{key} {value!r} is not supported (supported: {', '.join(allowed)})")
+    if options.context < 1:
+        raise ExportError(f"context {options.context} must be at least 1 token")
+
+
+def _write(
+    checkpoint: Checkpoint,
+    family: Family,
+    config: Any,
+    options: ExportOptions,
+    folder: Path,
+    name: str,
+    progress: Callable[[str], None],
+) -> ExportReport:
+    progress("tokenizer")
+    texts = _copy_texts(checkpoint, folder)
+    progress("weights")
+    weights = Weights(checkpoint, family.prefixes)
+    data = WeightsFile(folder / "weights.bin")
+    summaries = {}
+    for graph_name, build in family.graphs(config).items():
+        progress(graph_name)
+        graph = GraphBuilder(graph_name, data)
+        build(graph, weights, config, options)
+        graph.save(folder / f"{graph_name}.onnx", name)
+        summaries[graph_name] = graph.summary()
+    data.close()
+    facts = family.finish(checkpoint, weights, config, options)
+    weights.check_all_used()
+    files = {graph_name: _file_fact(folder / f"{graph_name}.onnx") for graph_name in summaries}
+    files["weights"] = FileFact(path="weights.bin", size=data.path.stat().st_size, sha256=data.sha256)
+    files |= {key: _file_fact(folder / file) for key, file in texts.items()}
+    manifest = _manifest(checkpoint, family, config, options, facts, files, folder, name)
+    (folder / MANIFEST_NAME).write_text(write_manifest(manifest), encoding="utf-8")
+    progress("self-test")
+    (folder / "self_test.json").write_text(_in_child(record_self_test, folder), encoding="utf-8")
+    (folder / "export.json").write_text(json.dumps(_provenance(checkpoint, options, summaries, facts), indent=1) + "\n")
+    files |= {key: _file_fact(folder / f"{key}.json") for key in ("self_test", "export")}
+    (folder / MANIFEST_NAME).write_text(write_manifest(dataclasses.replace(manifest, files=files)), encoding="utf-8")
+    return ExportReport(
+        folder=folder,
+        family=family.name,
+        precision=options.precision,
+        graphs=summaries,
+        left_out=facts.left_out,
+        total_bytes=sum(path.stat().st_size for path in folder.iterdir()),
+    )
+
+
+def _copy_texts(checkpoint: Checkpoint, folder: Path) -> dict[str, str]:
+    """Copy tokenizer and chat template; returns manifest key -> file name."""
+    if not (checkpoint.folder / "tokenizer.json").is_file():
+        raise ExportError(f"{checkpoint.folder} has no tokenizer.json")
+    shutil.copyfile(checkpoint.folder / "tokenizer.json", folder / "tokenizer.json")
+    texts = {"tokenizer": "tokenizer.json"}
+    template = checkpoint.folder / "chat_template.jinja"
+    inline = checkpoint.json("tokenizer_config.json").get("chat_template")
+    if template.is_file():
+        shutil.copyfile(template, folder / "chat_template.jinja")
+        texts["chat_template"] = "chat_template.jinja"
+    elif isinstance(inline, str):
+        (folder / "chat_template.jinja").write_text(inline, encoding="utf-8")
+        texts["chat_template"] = "chat_template.jinja"
+    return texts
+
+
+def _manifest(
+    checkpoint: Checkpoint,
+    family: Family,
+    config: Any,
+    options: ExportOptions,
+    facts: Facts,
+    files: dict[str, FileFact],
+    folder: Path,
+    name: str,
+) -> Manifest:
+    text = checkpoint.config.get("text_config") or checkpoint.config
+    generation = checkpoint.json("generation_config.json")
+    begin = checkpoint.json("tokenizer_config.json").get("bos_token") or "<bos>"
+    begin = begin["content"] if isinstance(begin, dict) else begin
+    image = facts.image_prompt
+    required = [begin] + ([image.item, image.before, image.soft, image.after] if image else [])
+    ids = _in_child(tokenizer_ids, folder / "tokenizer.json", (*required, *facts.turn_ends))
+    missing = [token for token in required if token not in ids]
+    if missing:
+        raise ExportError(f"tokenizer.json has no token {', '.join(map(repr, missing))}")
+    stop_ids: set[int] = {ids[token] for token in facts.turn_ends if token in ids}
+    for source in (checkpoint.config, text, generation):
+        stop = source.get("eos_token_id")
+        stop_ids.update(stop if isinstance(stop, list) else [] if stop is None else [stop])
+    return Manifest(
+        format=FORMAT,
+        family=family.name,
+        name=name,
+        target=options.target,
+        precision=options.precision,
+        requires=facts.requires,
+        modalities=("text", "image") if facts.image else ("text",),
+        context=min(int(text.get("max_position_embeddings", options.context)), options.context),
+        stop_ids=tuple(sorted(stop_ids)),
+        files=files,
+        image=facts.image,
+        prompt=PromptFacts(begin=begin, image=image),
+        reply=facts.reply,
+        state=facts.state,
+        sampling=_sampling(generation),
+    )
+
+
+def _sampling(generation: dict[str, Any]) -> SamplingFacts:
+    """Sampling defaults of generation_config.json; a checkpoint that does not sample is greedy."""
+    if not generation.get("do_sample", False):
+        return SamplingFacts(temperature=0.0, top_k=None, top_p=None, min_p=None)
+    return SamplingFacts(
+        temperature=float(generation.get("temperature") or 1.0),
+        top_k=generation.get("top_k"),
+        top_p=generation.get("top_p"),
+        min_p=generation.get("min_p"),
+    )
+
+
+def _provenance(
+    checkpoint: Checkpoint, options: ExportOptions, summaries: dict[str, dict[str, int]], facts: Facts
+) -> dict[str, Any]:
+    packages = ("onnx-ir", "onnxruntime", "numpy", "safetensors", "tokenizers", "siglance")
+    return {
+        "source": checkpoint.folder.resolve().name,
+        "architectures": checkpoint.config.get("architectures"),
+        "options": dataclasses.asdict(options),
+        "graphs": summaries,
+        "left_out": list(facts.left_out),
+        "versions": {package: metadata.version(package) for package in packages}
+        | {"python": platform.python_version()},
+    }
+
+
+def _file_fact(path: Path) -> FileFact:
+    with path.open("rb") as file:
+        return FileFact(
+            path=path.name, size=path.stat().st_size, sha256=hashlib.file_digest(file, "sha256").hexdigest()
+        )
+
+
+def _in_child(function: Callable[..., Result], *arguments: Any) -> Result:
+    """Call `function` in a process of its own and return its result; its memory is gone afterwards."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
+        try:
+            return pool.submit(function, *arguments).result()
+        except BrokenProcessPool:
+            raise ExportError(f"{function.__name__} was killed; is there enough memory?") from None
+        except SiglanceError as error:
+            raise ExportError(f"the exported bundle does not run: {error}") from None

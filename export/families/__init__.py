@@ -1,0 +1,133 @@
+"""Model families: one module here is one family, found from `model_type` in a checkpoint's config.json.
+
+Modules whose names begin with an underscore are parts of a family.
+
+A family module defines `FAMILY`. Everything a family must say is in the `Family` dataclass below; everything else is
+composed from `export/blocks.py`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from ...engine.errors import ExportError
+from ...engine.manifest import ImageFacts, PlaceholderFacts, ReplyFacts, StatePair
+from ..builder import GraphBuilder
+from ..checkpoint import Checkpoint, Weights
+
+__all__ = ["ConfigReader", "ExportOptions", "Facts", "Family", "families", "find_family"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportOptions:
+    """What the caller chose. `context` is the number of tokens that prompt and reply may have together."""
+
+    precision: str = "fp32"
+    target: str = "cpu"
+    context: int = 32768
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Facts:
+    """What a family tells the manifest."""
+
+    requires: tuple[str, ...]
+    state: tuple[StatePair, ...]
+    image: ImageFacts | None
+    image_prompt: PlaceholderFacts | None
+    reply: ReplyFacts
+    turn_ends: tuple[str, ...]  # tokens that end a model turn, beside the checkpoint's own end-of-sequence ids
+    left_out: tuple[str, ...] = ()  # parts of the checkpoint that the bundle does not have, in words
+
+
+GraphFunction = Callable[[GraphBuilder, Weights, Any, ExportOptions], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """One model family.
+
+    `read` turns config.json into the family's own frozen configuration and raises ExportError for anything it does not
+    support, before a weight is read. `graphs` maps graph names to the functions that build them. `finish` marks the
+    tensors that checkpoints carry for nothing and returns what the manifest needs to know.
+    """
+
+    name: str
+    model_types: tuple[str, ...]
+    prefixes: dict[str, tuple[str, ...]]
+    read: Callable[[dict[str, Any]], Any]
+    graphs: Callable[[Any], dict[str, GraphFunction]]
+    finish: Callable[[Checkpoint, Weights, Any, ExportOptions], Facts]
+
+
+def families() -> list[Family]:
+    """All families, by module name."""
+    modules = sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
+    return [importlib.import_module(f"{__name__}.{name}").FAMILY for name in modules]
+
+
+def find_family(config: dict[str, Any]) -> Family:
+    """The family for a config.json. Raises ExportError listing what is supported."""
+    model_type = config.get("model_type")
+    for family in families():
+        if model_type in family.model_types:
+            return family
+    supported = ", ".join(sorted(name for family in families() for name in family.model_types))
+    raise ExportError(f"model_type {model_type!r} is not supported; supported: {supported}")
+
+
+_MISSING: Any = object()
+
+
+@dataclass(frozen=True, slots=True)
+class ConfigReader:
+    """Typed access to one object of config.json; `where` names it in errors."""
+
+    values: dict[str, Any]
+    where: str = "config.json"
+
+    def integer(self, key: str, default: Any = _MISSING) -> int:
+        return self._get(key, default, int)
+
+    def number(self, key: str, default: Any = _MISSING) -> float:
+        return float(self._get(key, default, (int, float)))
+
+    def flag(self, key: str, default: Any = _MISSING) -> bool:
+        return self._get(key, default, bool)
+
+    def strings(self, key: str, default: Any = _MISSING) -> list[str]:
+        return self._get(key, default, list)
+
+    def section(self, key: str) -> ConfigReader:
+        return ConfigReader(self._get(key, _MISSING, dict), f"{self.where}: {key}")
+
+    def optional(self, key: str) -> Any:
+        """The value of `key`, or None when it is absent or null."""
+        return self.values.get(key)
+
+    def expect(self, key: str, allowed: tuple[Any, ...]) -> None:
+        """Refuse a value that would need mathematics this family's graphs do not have; absent counts as null."""
+        value = self.values.get(key)
+        if value not in allowed:
+            raise ExportError(
+                f"{self.where}: {key} = {value!r} is not supported (supported: {', '.join(map(repr, allowed))})"
+            )
+
+    def expect_epsilon(self, expected: float) -> None:
+        value = self.values.get("rms_norm_eps", expected)
+        if not isinstance(value, (int, float)) or abs(value - expected) > 1e-3 * expected:
+            raise ExportError(f"{self.where}: rms_norm_eps = {value!r} is not supported (supported: {expected})")
+
+    def _get(self, key: str, default: Any, kind: type | tuple[type, ...]) -> Any:
+        value = self.values.get(key)
+        if value is None:
+            if default is _MISSING:
+                raise ExportError(f"{self.where} has no {key!r}")
+            return default
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            raise ExportError(f"{self.where}: {key} = {value!r} has the wrong type")
+        return value

@@ -1,0 +1,246 @@
+"""Gemma 3, text sizes (270M, 1B): sandwich norms with 1 + w, norm of queries and keys, window and global layers.
+
+Formulas: transformers `modeling_gemma3.py` (Gemma3DecoderLayer, Gemma3Attention, Gemma3RMSNorm).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from ...engine.errors import ExportError
+from ...engine.manifest import ReplyFacts, StatePair
+from .. import blocks
+from ..builder import FLOAT, INT64, GraphBuilder
+from ..checkpoint import Checkpoint, Weights
+from . import ConfigReader, ExportOptions, Facts, Family
+
+WINDOW_SLACK = 16  # rows above the window: the operator compacts the buffer once in so many steps instead of every step
+
+
+@dataclass(frozen=True, slots=True)
+class Rope:
+    theta: float
+    linear_factor: float
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """The facts of config.json that the graphs need."""
+
+    hidden: int
+    layers: int
+    heads: int
+    key_value_heads: int
+    head_size: int
+    intermediate: int
+    vocabulary: int
+    context: int
+    window: int
+    windowed: tuple[bool, ...]  # per layer
+    scale: float
+    local_rope: Rope
+    global_rope: Rope
+    tied: bool
+    soft_cap: float | None
+
+
+def read(values: dict[str, Any]) -> Config:
+    """Read config.json of Gemma3ForCausalLM; the defaults are those of transformers' Gemma3TextConfig."""
+    reader = ConfigReader(values)
+    reader.expect("hidden_activation", (None, "gelu_pytorch_tanh"))
+    reader.expect("attention_bias", (None, False))
+    reader.expect("attn_logit_softcapping", (None,))
+    reader.expect("use_bidirectional_attention", (None, False))
+    reader.expect_epsilon(1e-6)
+    layers = reader.integer("num_hidden_layers", 26)
+    local_rope, global_rope = _ropes(reader)
+    soft_cap = reader.optional("final_logit_softcapping")
+    return Config(
+        hidden=reader.integer("hidden_size", 2304),
+        layers=layers,
+        heads=reader.integer("num_attention_heads", 8),
+        key_value_heads=reader.integer("num_key_value_heads", 4),
+        head_size=reader.integer("head_dim", 256),
+        intermediate=reader.integer("intermediate_size", 9216),
+        vocabulary=reader.integer("vocab_size", 262208),
+        context=reader.integer("max_position_embeddings", 131072),
+        window=reader.integer("sliding_window", 4096),
+        windowed=_layer_pattern(reader, layers),
+        scale=reader.number("query_pre_attn_scalar", 256) ** -0.5,
+        local_rope=local_rope,
+        global_rope=global_rope,
+        tied=reader.flag("tie_word_embeddings", True),
+        soft_cap=None if soft_cap is None else float(soft_cap),
+    )
+
+
+def _layer_pattern(reader: ConfigReader, layers: int) -> tuple[bool, ...]:
+    """Which layers are windowed: `layer_types`, or the older `sliding_window_pattern` (every n-th layer is global)."""
+    kinds = reader.strings("layer_types", [])
+    if not kinds:
+        period = reader.integer("sliding_window_pattern", reader.integer("_sliding_window_pattern", 6))
+        return tuple((index + 1) % period != 0 for index in range(layers))
+    unknown = sorted(set(kinds) - {"sliding_attention", "full_attention"})
+    if unknown or len(kinds) != layers:
+        raise ExportError(
+            f"config.json: layer_types has {len(kinds)} entries and unknown kinds {unknown}, expected {layers}"
+        )
+    return tuple(kind == "sliding_attention" for kind in kinds)
+
+
+def _ropes(reader: ConfigReader) -> tuple[Rope, Rope]:
+    """Local and global rotary positions, from `rope_parameters` or the older flat keys (scaling is global only)."""
+    parameters = reader.optional("rope_parameters")
+    if isinstance(parameters, dict) and "sliding_attention" in parameters:
+        section = reader.section("rope_parameters")
+        return _rope(section.section("sliding_attention"), 10_000.0), _rope(
+            section.section("full_attention"), 1_000_000.0
+        )
+    scaling = reader.optional("rope_scaling") or {}
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind not in ("default", "linear"):
+        raise ExportError(f"config.json: rope_scaling type {kind!r} is not supported (supported: 'default', 'linear')")
+    factor = float(scaling.get("factor", 1.0)) if kind == "linear" else 1.0
+    local = Rope(reader.number("rope_local_base_freq", 10_000.0), 1.0)
+    return local, Rope(reader.number("rope_theta", 1_000_000.0), factor)
+
+
+def _rope(reader: ConfigReader, theta: float) -> Rope:
+    reader.expect("rope_type", (None, "default", "linear"))
+    factor = reader.number("factor", 1.0) if reader.optional("rope_type") == "linear" else 1.0
+    return Rope(reader.number("rope_theta", theta), factor)
+
+
+def build_embed(graph: GraphBuilder, weights: Weights, config: Config, options: ExportOptions) -> None:
+    """input_ids [1, S] -> inputs_embeds [1, S, D], scaled by sqrt(D)."""
+    ids = graph.input("input_ids", INT64, [1, "tokens"])
+    rows = graph.op("Gather", _table(graph, weights, config), ids, name="embed_tokens")
+    embeddings = blocks.constant_scale(graph, rows, float(config.hidden) ** 0.5, "scale_embeddings")
+    graph.output(embeddings, "inputs_embeds", FLOAT, [1, "tokens", config.hidden])
+
+
+def _table(graph: GraphBuilder, weights: Weights, config: Config) -> ir.Value:
+    shape = (config.vocabulary, config.hidden)
+    return graph.weight("embed_tokens.weight", shape, lambda: weights.read_rows("text.embed_tokens.weight", shape))
+
+
+def build_decoder(graph: GraphBuilder, weights: Weights, config: Config, options: ExportOptions) -> None:
+    """inputs_embeds and state -> logits of the rows asked for."""
+    inputs = blocks.decoder_inputs(graph, config.hidden)
+    context = min(config.context, options.context)
+    tables = {
+        windowed: blocks.rope_tables(
+            graph,
+            "local" if windowed else "global",
+            blocks.inverse_frequencies(config.head_size, rope.theta, linear_factor=rope.linear_factor),
+            context,
+        )
+        for windowed, rope in ((True, config.local_rope), (False, config.global_rope))
+    }
+    x = inputs.embeddings
+    normed = blocks.rms_norm(graph, x, _norm(graph, weights, "text.layers.0.input_layernorm", config.hidden), "norm")
+    for layer in range(config.layers):
+        prefix = f"text.layers.{layer}"
+        with graph.scope(f"layers.{layer}"):
+            mixed = _attention(graph, weights, config, layer, normed, inputs, tables[config.windowed[layer]])
+            if layer == config.layers - 1:
+                # The last attention has written its state: only rows whose logits are wanted go on.
+                mixed = blocks.take_rows(graph, mixed, inputs, "take_rows")
+                x = blocks.take_rows(graph, x, inputs, "take_residual_rows")
+            mixed = blocks.rms_norm(
+                graph,
+                mixed,
+                _norm(graph, weights, f"{prefix}.post_attention_layernorm", config.hidden),
+                "post_attention",
+            )
+            weight = _norm(graph, weights, f"{prefix}.pre_feedforward_layernorm", config.hidden)
+            normed, x = blocks.add_rms_norm(graph, mixed, x, weight, "pre_feedforward")
+            fed = blocks.gated_mlp(graph, normed, weights, f"{prefix}.mlp", config.hidden, config.intermediate)
+            fed = blocks.rms_norm(
+                graph,
+                fed,
+                _norm(graph, weights, f"{prefix}.post_feedforward_layernorm", config.hidden),
+                "post_feedforward",
+            )
+            following = "text.norm" if layer == config.layers - 1 else f"text.layers.{layer + 1}.input_layernorm"
+            normed, x = blocks.add_rms_norm(graph, fed, x, _norm(graph, weights, following, config.hidden), "next_norm")
+    table = _table(graph, weights, config) if config.tied else _head(graph, weights, config)
+    blocks.logits(graph, normed, table, config.vocabulary, config.hidden, config.soft_cap)
+
+
+def _attention(
+    graph: GraphBuilder,
+    weights: Weights,
+    config: Config,
+    layer: int,
+    x: ir.Value,
+    inputs: blocks.DecoderInputs,
+    tables: tuple[ir.Value, ir.Value],
+) -> ir.Value:
+    prefix, size = f"text.layers.{layer}.self_attn", config.head_size
+    widths = (config.heads * size, config.key_value_heads * size, config.key_value_heads * size)
+    names = [f"{prefix}.{part}_proj.weight" for part in "qkv"]
+    joined = blocks.fused_linear(
+        graph, x, weights, list(zip(names, widths, strict=True)), config.hidden, f"{prefix}.qkv_proj.weight"
+    )
+    sizes = graph.constant(np.array(widths, np.int64), "qkv_sizes")
+    query, key, value = graph.ops("Split", [joined, sizes], 3, name="split_qkv", axis=-1)
+    query = blocks.split_heads(
+        graph, query, config.heads, size, _norm(graph, weights, f"{prefix}.q_norm", size), "q_norm"
+    )
+    key = blocks.split_heads(
+        graph, key, config.key_value_heads, size, _norm(graph, weights, f"{prefix}.k_norm", size), "k_norm"
+    )
+    windowed = config.windowed[layer]
+    window, capacity = (config.window, config.window + WINDOW_SLACK) if windowed else (None, "capacity")
+    state = blocks.key_value_state(graph, layer, config.key_value_heads, size, window, capacity)
+    facts = blocks.Attention(config.heads, config.key_value_heads, size, config.scale, *tables)
+    mixed, _, _ = blocks.attention(graph, query, key, value, state, inputs, facts)
+    return blocks.linear(graph, mixed, weights, f"{prefix}.o_proj.weight", (config.hidden, config.heads * size))
+
+
+def _norm(graph: GraphBuilder, weights: Weights, name: str, size: int) -> ir.Value:
+    """The vector of a norm, with Gemma 3's 1 + w folded into it."""
+    return graph.weight(f"{name}.weight", (size,), lambda: [1.0 + weights.read(f"{name}.weight", (size,))])
+
+
+def _head(graph: GraphBuilder, weights: Weights, config: Config) -> ir.Value:
+    shape = (config.vocabulary, config.hidden)
+    return graph.weight("lm_head.weight", shape, lambda: weights.read_rows("lm_head.weight", shape))
+
+
+def finish(checkpoint: Checkpoint, weights: Weights, config: Config, options: ExportOptions) -> Facts:
+    if config.tied:
+        weights.drop("lm_head.weight")  # some checkpoints carry the tied head a second time
+    state = tuple(
+        StatePair(
+            input=f"past.{layer}.{part}",
+            output=f"present.{layer}.{part}",
+            kind="window" if config.windowed[layer] else "global",
+        )
+        for layer in range(config.layers)
+        for part in ("key", "value")
+    )
+    return Facts(
+        requires=("state:global", "state:window", "logit_rows:any"),
+        state=state,
+        image=None,
+        image_prompt=None,
+        reply=ReplyFacts(boxes="none", thought=None, tool_call=None),
+        turn_ends=("<end_of_turn>",),
+    )
+
+
+FAMILY = Family(
+    name="gemma3",
+    model_types=("gemma3_text",),
+    # Text checkpoints say "model."; text saved out of a multimodal model has one of the other two.
+    prefixes={"text.": ("model.", "language_model.model.", "model.language_model.")},
+    read=read,
+    graphs=lambda config: {"embed": build_embed, "decoder": build_decoder},
+    finish=finish,
+)

@@ -1,0 +1,30 @@
+"""Work of the exporter that runs in a child process: the tokenizer (hundreds of megabytes while it is loaded) and the
+first run of the new bundle. Functions here take and return plain values.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from ..engine.errors import ExportError
+from ..engine.self_test import record
+
+__all__ = ["record_self_test", "tokenizer_ids"]
+
+
+def tokenizer_ids(path: Path, tokens: tuple[str, ...]) -> dict[str, int]:
+    """The ids of those `tokens` that the tokenizer has."""
+    from tokenizers import Tokenizer  # not at module level: only this function's process should pay for it
+
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises plain Exception
+        raise ExportError(f"{path.name} cannot be read: {error}") from None
+    found = {token: tokenizer.token_to_id(token) for token in tokens}
+    return {token: identifier for token, identifier in found.items() if identifier is not None}
+
+
+def record_self_test(folder: Path) -> str:
+    """Run the bundle in `folder` on fixed inputs and return the text of its self_test.json."""
+    return json.dumps(record(folder), indent=1) + "\n"
