@@ -1,0 +1,28 @@
+"""Run siglance bundles: `Engine.open("demo").generate(["street.jpg", "detect red circle"])`."""
+
+from . import errors
+from .boxes import Box
+from .bundle import Bundle
+from .engine import Engine
+from .errors import SiglanceError
+from .parts import Image, Turn
+from .prompt import Text
+from .reply import Chunk, EncodedImage, Reply, Timings, Usage
+from .sampling import Sampling
+
+__all__ = [
+    "Box",
+    "Bundle",
+    "Chunk",
+    "EncodedImage",
+    "Engine",
+    "Image",
+    "Reply",
+    "Sampling",
+    "SiglanceError",
+    "Text",
+    "Timings",
+    "Turn",
+    "Usage",
+    "errors",
+]

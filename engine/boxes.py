@@ -73,15 +73,21 @@ def _none(text: str, images: Sequence[tuple[int, int]]) -> Boxes:
 def _box_2d(text: str, images: Sequence[tuple[int, int]]) -> Boxes:
     boxes: list[Box] = []
     in_list = False
-    end = 0
+    last = end = 0  # end of the last object; of the outermost one around it
     for start, stop, found in _objects_with(text, "box_2d"):
-        gap = text[end:start].strip()
-        in_list = gap.endswith("[") or (in_list and gap == ",")
-        end = stop
+        before = _last_visible(text, start)
+        in_list = before == "[" or (in_list and before == ",")
+        last, end = stop, max(end, stop)
         boxes.extend(box for item in found if (box := _read_box_2d(item, images)) is not None)
-    tail = text[end:]
-    list_is_open = in_list and not tail.lstrip(" \t\r\n,").startswith("]")
-    return Boxes(tuple(boxes), truncated=list_is_open or _UNFINISHED.search(tail) is not None)
+    list_is_open = in_list and not text[last:].lstrip(" \t\r\n,").startswith("]")
+    return Boxes(tuple(boxes), truncated=list_is_open or _UNFINISHED.search(text, end) is not None)
+
+
+def _last_visible(text: str, stop: int) -> str:
+    """The last character before `stop` that is not white space, "" if there is none."""
+    while stop and text[stop - 1].isspace():
+        stop -= 1
+    return text[stop - 1 : stop]
 
 
 def _read_box_2d(item: dict[str, Any], images: Sequence[tuple[int, int]]) -> Box | None:
@@ -121,26 +127,28 @@ def _number(value: object) -> float:
 # of bare backslashes keep the search linear: of all attempts at most a few can be alive at one place of the text.
 _STRING = r'"(?:[^"\\]++|\\.)*+"'
 _FLAT_OBJECT = rf'\{{(?:[^"\\{{}}]++|{_STRING})*+\}}'
-_OBJECT = re.compile(rf'\{{(?:[^"\\{{}}]++|{_STRING}|{_FLAT_OBJECT})*+\}}', re.DOTALL)
+_OBJECT = re.compile(rf'\{{(?=\s*+")(?:[^"\\{{}}]++|{_STRING}|{_FLAT_OBJECT})*+\}}', re.DOTALL)
 _UNFINISHED = re.compile(r'\{\s*+(?:"|\Z)|\[\s*+\Z')
 _TRAILING_COMMA = re.compile(rf"({_STRING})|,(?=\s*+[\]}}])", re.DOTALL)
 _DECODER = json.JSONDecoder(strict=False)  # not strict: line breaks inside strings
 
 
 def _objects_with(text: str, key: str) -> Iterator[tuple[int, int, list[dict[str, Any]]]]:
-    """Start, end and value of each piece of JSON that holds objects with `key`; see `_OBJECT` for what is found."""
+    """Start and end of each object in the text, and the JSON objects with `key` in it: none if it is no JSON.
+
+    An object that is no JSON is searched for objects inside it, which follow it. See `_OBJECT` for what is found.
+    """
     position = 0
     while match := _OBJECT.search(text, position):
         position = match.end()
-        if f'"{key}"' not in match.group():
-            continue
-        try:
-            value, _ = _DECODER.raw_decode(_TRAILING_COMMA.sub(r"\1", match.group()))
-        except (ValueError, RecursionError):  # ValueError also for an integer of thousands of digits
-            position = match.start() + 1  # braces around no JSON may still hold an object
-            continue
-        if found := list(_walk(value, key)):
-            yield match.start(), match.end(), found
+        found: list[dict[str, Any]] = []
+        if f'"{key}"' in match.group():
+            try:
+                value, _ = _DECODER.raw_decode(_TRAILING_COMMA.sub(r"\1", match.group()))
+                found = list(_walk(value, key))
+            except (ValueError, RecursionError):  # ValueError also for an integer of thousands of digits
+                position = match.start() + 1
+        yield match.start(), match.end(), found
 
 
 def _walk(value: object, key: str) -> Iterator[dict[str, Any]]:

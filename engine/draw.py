@@ -99,7 +99,8 @@ def _legible(label: str, size: int) -> tuple[str, _Font]:
 
     If no font has them all, accents are dropped and what is still unknown becomes a question mark.
     """
-    text = " ".join(label.split())[:200]
+    text = " ".join(label.split())
+    text = text if len(text) <= 100 else text[:99] + "…"
     default = ImageFont.load_default(size=size)
     if text.isascii():
         return text, default

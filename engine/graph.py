@@ -96,7 +96,7 @@ class Graph:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads or usable_cores()
         options.inter_op_num_threads = 1
-        options.log_severity_level = 3  # warnings about graph details are for us, not for people who run bundles
+        options.log_severity_level = 4  # failures arrive as exceptions; nothing is printed beside them
         if not prepack:
             # Weights stay mapped from the file instead of being copied into the layout the kernels like best.
             options.add_session_config_entry("session.disable_prepacking", "1")

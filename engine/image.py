@@ -88,7 +88,7 @@ def _encoded_bytes(source: object, max_bytes: int) -> bytes:
     if isinstance(source, bytes | bytearray | memoryview):
         size = source.nbytes if isinstance(source, memoryview) else len(source)
         if size > max_bytes:
-            raise ImageError(f"{size} bytes of encoded data, the limit is {max_bytes}")
+            raise ImageError(f"{size} bytes, over the limit of {max_bytes} bytes of encoded data")
         return bytes(source)
     if callable(getattr(source, "read", None)):
         return read_stream(cast(BinaryIO, source), max_bytes)
@@ -106,7 +106,7 @@ def _from_data_uri(uri: str, max_bytes: int) -> bytes:
     """
     # Percent-encoding triples a byte and base64 adds a third. Twice the limit is refused before any copy is made.
     if len(uri) > 2 * max_bytes + 1024:
-        raise ImageError(f"a data URI of {len(uri)} characters, the limit is {max_bytes} bytes of encoded data")
+        raise ImageError(f"a data URI of {len(uri)} characters, over the limit of {max_bytes} bytes of encoded data")
     header, comma, payload = uri.partition(",")
     if not comma:
         raise ImageError("a data URI needs a comma before its payload")
@@ -127,7 +127,7 @@ def _from_data_uri(uri: str, max_bytes: int) -> bytes:
     if not raw:
         raise ImageError("the data URI has an empty payload")
     if len(raw) > max_bytes:
-        raise ImageError(f"more than {max_bytes} bytes of encoded data, which is the limit")
+        raise ImageError(f"over the limit of {max_bytes} bytes of encoded data")
     return raw
 
 
@@ -164,7 +164,7 @@ def _to_8_bit(array: npt.NDArray[np.generic]) -> npt.NDArray[np.uint8]:
         return array.astype(np.uint8) * np.uint8(255)
     if array.dtype == np.uint8:
         return array.astype(np.uint8, copy=False)
-    if array.dtype == np.uint16:
+    if array.dtype.kind == "u" and array.dtype.itemsize == 2:  # of either byte order
         return scale_16_bit(array.astype(np.uint32))
     if array.dtype.kind == "f":
         values = array.astype(np.float32)

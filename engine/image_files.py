@@ -60,7 +60,7 @@ def read_stream(stream: BinaryIO, max_bytes: int) -> bytes:
             return b"".join(parts)
         parts.append(bytes(part))
         room -= len(part)
-    raise ImageError(f"more than {max_bytes} bytes of encoded data, which is the limit")
+    raise ImageError(f"over the limit of {max_bytes} bytes of encoded data")
 
 
 def check_size(width: int, height: int, max_pixels: int) -> None:

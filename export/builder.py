@@ -137,7 +137,7 @@ class GraphBuilder:
 
     def constant(self, array: np.ndarray, name: str) -> ir.Value:
         """A small initializer stored inside the graph file."""
-        return self._initializer(self._unique(name), ir.tensor(np.ascontiguousarray(array), name=name))
+        return self._initializer(self._unique(name), ir.tensor(np.asarray(array, order="C"), name=name))
 
     def weight(
         self,
@@ -157,7 +157,7 @@ class GraphBuilder:
             array = np.concatenate(list(read()))
             if array.shape != tuple(shape):
                 raise ExportError(f"weight {key!r} has shape {list(array.shape)}, the graph needs {list(shape)}")
-            return self._initializer(key, ir.tensor(np.ascontiguousarray(array), name=key))
+            return self._initializer(key, ir.tensor(np.asarray(array, order="C"), name=key))
         return self._initializer(key, self._weights.put(key, shape, dtype, read()))
 
     def save(self, path: Path, bundle_name: str) -> None:

@@ -45,7 +45,7 @@ def rms_norm(x: Array, weight: Array | float = 1.0, eps: float = 1e-6) -> Array:
 
 
 def gelu_tanh(x: Array) -> Array:
-    """The tanh approximation of GELU, `gelu_pytorch_tanh` in every Gemma: x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))."""
+    """x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))): the approximation named `gelu_pytorch_tanh`, in every Gemma."""
     return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
 
 
@@ -331,7 +331,8 @@ def gemma4_soft_tokens(weights: Weights, config: Config, patches: Array, positio
 
 
 def pool(x: Array, positions: Array, size: int) -> Array:
-    """Mean of each size x size block of patches, blocks in raster order (`Gemma4VisionPooler`), [n, h] -> [n/size^2, h]."""
+    """Mean of each size x size block of patches, [n, h] -> [n / size^2, h], blocks in raster order
+    (`Gemma4VisionPooler`)."""
     columns = (positions[:, 0].max() + 1) // size
     block = positions[:, 0] // size + columns * (positions[:, 1] // size)
     sums = np.zeros((len(x) // size**2, x.shape[1]))

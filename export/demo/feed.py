@@ -11,7 +11,7 @@ import numpy as np
 from .scenes import generator, scene
 
 # How often a scene is looked at with each budget: mostly small ones, which cost least.
-BUDGET_SHARES = {16: 0.50, 36: 0.36, 64: 0.09, 100: 0.05}
+BUDGET_SHARES = {16: 0.48, 36: 0.44, 64: 0.08}
 PATCHES_PER_BATCH = 4700
 
 
@@ -27,8 +27,11 @@ def batches(first_scene: int) -> Iterator[tuple[int, Any]]:
         budget = int(rng.choice(list(BUDGET_SHARES), p=list(BUDGET_SHARES.values())))
         grid, one = example(scene(rng), budget, rng)
         waiting.setdefault(grid, []).append(one)
-        if len(waiting[grid]) * grid[0] * grid[1] >= PATCHES_PER_BATCH:
-            yield index, collate(grid, waiting.pop(grid))
+        size = max(1, PATCHES_PER_BATCH // (grid[0] * grid[1]))
+        if len(waiting[grid]) == 2 * size:  # sorted by length, so that less of each batch is padding
+            ready = sorted(waiting.pop(grid), key=lambda each: len(each.ids))
+            yield index, collate(grid, ready[:size])
+            yield index, collate(grid, ready[size:])
 
 
 def _work(first_scene: int, queue: Any) -> None:

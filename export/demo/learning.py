@@ -6,7 +6,8 @@ from torch.nn import functional as F
 
 from .architecture import TEXT_CONFIG, VISION_CONFIG
 from .model import EPSILON, DemoModel
-from .packing import CLASSES, SIGN_TEXTS, Batch, masks
+from .packing import CLASSES, Batch, masks
+from .scenes import SIGN_WORDS
 from .tokenizer import COORDINATES, first_coordinate_id
 
 _BOX_WEIGHT = 8.0
@@ -22,7 +23,7 @@ class Hints(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.patch = nn.Linear(VISION_CONFIG["hidden_size"], CLASSES + 4)
-        self.cell = nn.Linear(TEXT_CONFIG["hidden_size"], CLASSES + 4 + len(SIGN_TEXTS))
+        self.cell = nn.Linear(TEXT_CONFIG["hidden_size"], CLASSES + 4 + len(SIGN_WORDS))
 
     def forward(self, features: Tensor, soft: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Losses of class, box and sign text; features [batch, patches, width], soft [batch, cells, width]."""

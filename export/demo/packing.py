@@ -12,16 +12,14 @@ from torch import Tensor
 
 from .architecture import POOL, TEXT_CONFIG
 from .images import patches
-from .scenes import LABELS, SIGN_DIGITS, SIGN_WORDS, Scene, normalised
+from .scenes import LABELS, SIGN_WORDS, Scene, normalised
 from .tasks import answer, questions
 from .tokenizer import encode, prompt_parts
 
 TURN_END = "<turn|>"
 SIGN_CLASS = 1 + len(LABELS)  # class 0 is background
 CLASSES = SIGN_CLASS + 1
-SIGN_TEXTS = (*SIGN_WORDS, *(a + b for a in SIGN_DIGITS for b in SIGN_DIGITS))
 
-_COORDINATE_WEIGHT = 1.0
 _ENCODED: dict[str, list[int]] = {}
 
 
@@ -47,7 +45,7 @@ class Example:
     patch_box: np.ndarray  # [patches, 4], 0..1
     cell_class: np.ndarray  # [soft tokens]
     cell_box: np.ndarray  # [soft tokens, 4]
-    cell_text: np.ndarray  # [soft tokens]; index into SIGN_TEXTS, or -1
+    cell_text: np.ndarray  # [soft tokens]; index into SIGN_WORDS, or -1
 
 
 def example(scene: Scene, budget: int, rng: np.random.Generator) -> tuple[tuple[int, int], Example]:
@@ -89,7 +87,7 @@ def _cover(scene: Scene, grid: tuple[int, int]) -> tuple[np.ndarray, np.ndarray,
     box = np.zeros((rows, columns, 4), np.float32)
     things = [(1 + LABELS.index(thing.label), -1, thing.box) for thing in scene.objects]
     if scene.sign:
-        things.append((SIGN_CLASS, SIGN_TEXTS.index(scene.sign.text), scene.sign.box))
+        things.append((SIGN_CLASS, SIGN_WORDS.index(scene.sign.text), scene.sign.box))
     cell = height * width / (rows * columns)
     for number, spelt, (x1, y1, x2, y2) in things:
         edges_x, edges_y = np.arange(columns + 1) * width / columns, np.arange(rows + 1) * height / rows

@@ -21,14 +21,13 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 SHAPES = ("circle", "square", "triangle")
 LABELS = tuple(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES)
 SIGN_WORDS = ("STOP", "OPEN", "EXIT", "TAXI", "CAFE", "BANK", "ZOO", "BUS", "SALE", "MENU", "PARK", "FISH")
-SIGN_DIGITS = "123456789"
 
-MAX_OBJECTS = 5
-SIZE_RANGE = (0.09, 0.32)  # side of an object as a fraction of sqrt(width * height)
-SMALL_BELOW = 0.14  # objects with a smaller side than this count as small
-TOP_SEPARATION = 0.04  # least distance of two top edges, as a fraction of the height
+MAX_OBJECTS = 4
+SIZE_RANGE = (0.10, 0.34)  # side of an object as a fraction of sqrt(width * height)
+SMALL_BELOW = 0.15  # objects with a smaller side than this count as small
+TOP_SEPARATION = 0.05  # least distance of two top edges, as a fraction of the height
 SIGN_PROBABILITY = 0.4
-ASPECT_RATIOS = ((1, 1), (4, 3), (3, 4), (3, 2), (2, 3), (16, 9), (9, 16))  # width : height
+ASPECT_RATIOS = ((1, 1), (4, 3), (3, 4), (16, 9), (9, 16))  # width : height
 
 _SPLITS = {"train": 0, "held-out": 1}
 _SUPERSAMPLE = 3  # masks are drawn this much larger and averaged down: smooth edges
@@ -89,9 +88,9 @@ def generator(split: str, index: int) -> np.random.Generator:
 
 
 def random_size(rng: np.random.Generator) -> tuple[int, int]:
-    """Width and height in pixels: one of the aspect ratios, slightly off, with the long side between 192 and 640."""
+    """Width and height in pixels: one of the aspect ratios, slightly off, with sides between 192 and 512."""
     wide, high = ASPECT_RATIOS[rng.integers(len(ASPECT_RATIOS))]
-    long_side = rng.integers(208, 641)
+    long_side = rng.integers(208, 513)
     scale = long_side / max(wide, high)
     return max(192, round(wide * scale)), max(192, round(high * scale))
 
@@ -157,13 +156,10 @@ def _place_thing(
 
 
 def _place_sign(rng: np.random.Generator, width: int, height: int) -> Sign:
-    if rng.random() < 0.5:
-        text = SIGN_WORDS[rng.integers(len(SIGN_WORDS))]
-    else:
-        text = "".join(SIGN_DIGITS[rng.integers(len(SIGN_DIGITS))] for _ in range(2))
+    text = SIGN_WORDS[rng.integers(len(SIGN_WORDS))]
     unit = math.sqrt(width * height)
     sign_height = float(rng.uniform(0.17, 0.23)) * unit
-    sign_width = sign_height * (1.4 if len(text) == 2 else 2.0 if len(text) == 3 else 2.5)
+    sign_width = sign_height * (2.0 if len(text) == 3 else 2.5)
     x, y = float(rng.uniform(0, width - sign_width)), float(rng.uniform(0, height - sign_height))
     return Sign(text, (x, y, x + sign_width, y + sign_height))
 

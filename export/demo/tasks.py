@@ -57,13 +57,13 @@ def random_label(scene: Scene, rng: np.random.Generator) -> str:
 def questions(scene: Scene, rng: np.random.Generator) -> list[str]:
     """A training mix of questions about one scene: the harder and the richer ones are asked most often."""
     asked = ["detect all"]
-    if rng.random() < 0.7:
+    if rng.random() < 0.65:
         asked.append("describe")
-    if rng.random() < 0.7:
+    if rng.random() < 0.65:
         asked.append(f"detect {random_label(scene, rng)}")
     if rng.random() < 0.6:
         asked.append("count")
-    if rng.random() < 0.4:
+    if rng.random() < 0.3:
         asked.append(f"count {random_label(scene, rng)}")
     if rng.random() < (0.9 if scene.sign else 0.2):
         asked.append("read")

@@ -19,7 +19,7 @@ from .evaluate import Report, questions, score
 from .learning import Hints, _smoothing, losses, optimisers
 from .model import DemoModel
 
-_STAGE_BREAK = 0.12  # share of the time for the vision tower alone
+_STAGE_BREAK = 0.14  # share of the time for the vision tower alone
 _WARM_UP_STEPS = 60
 _DECAY_FROM = 0.45  # share of the time after which the learning rate falls, linearly
 _AVERAGING = 0.998

@@ -1,0 +1,401 @@
+"""The engine: a picture and a question go in, text comes out.
+
+`Engine.stream` is the straight path: media -> prompt -> prefill -> sample, step, sample ... -> text and stops.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from .boxes import parse_boxes
+from .bundle import Bundle
+from .errors import BundleError, ContextFull, InputError, PromptError
+from .image import load_image
+from .image_policy import POLICIES, Layout, resize
+from .manifest import ImageFacts
+from .parts import Conversation, ImageInput, NormalPart, turns_of
+from .prompt import Media, Message, Part, Prompt, PromptBuilder, Text
+from .reply import Chunk, EncodedImage, Reply, StageClock, Usage
+from .runtime import PREFILL_CHUNK, Runtime, Session, SoftTokens
+from .sampling import Effective, Sampling, make_sampler, resolve
+from .self_test import VerifyReport, replay
+from .template import ChatTemplate
+from .text import TextStream
+
+from ..kernels.patches import patchify  # isort: skip
+
+__all__ = ["DEFAULT_MAX_TOKENS", "Engine"]
+
+DEFAULT_MAX_TOKENS = 1024
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Picture:
+    """A picture read and measured, or already encoded."""
+
+    layout: Layout | None
+    pixels: np.ndarray | None
+    encoded: EncodedImage | None
+
+    @property
+    def soft_tokens(self) -> int:
+        return len(self.encoded) if self.encoded is not None else self.layout.soft_tokens if self.layout else 0
+
+    @property
+    def size(self) -> tuple[int, int]:
+        if self.encoded is not None:
+            return self.encoded.size
+        assert self.pixels is not None
+        return self.pixels.shape[0], self.pixels.shape[1]
+
+
+class Engine:
+    """A loaded bundle.
+
+    Thread-safe: every request has its own state, and graph runs take turns. Use it as a context manager, or call
+    `close`.
+    """
+
+    def __init__(self, bundle: Bundle, *, device: str = "auto", threads: int | None = None):
+        """Load the graphs of `bundle`; `threads` defaults to the cores this process may use.
+
+        Raises BundleError, DeviceError.
+        """
+        self.bundle = bundle
+        self.manifest = bundle.manifest
+        self._tokenizer = _load_tokenizer(bundle.path("tokenizer"))
+        template = _load_template(bundle)
+        self._prompts = PromptBuilder(self._tokenizer, self.manifest.prompt, template)
+        self._runtime: Runtime | None = Runtime(bundle, device=device, threads=threads)
+        self._turn = Lock()
+        self._raw_only = template is None
+
+    @classmethod
+    def open(
+        cls, bundle: str | os.PathLike[str] = "demo", *, device: str = "auto", threads: int | None = None
+    ) -> Engine:
+        """Open a bundle by path or by name; "demo" is the one that comes with siglance."""
+        return cls(Bundle.open(bundle), device=device, threads=threads)
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the graphs. The engine cannot be used afterwards."""
+        self._runtime = None
+
+    @property
+    def runtime(self) -> Runtime:
+        if self._runtime is None:
+            raise InputError("this engine is closed")
+        return self._runtime
+
+    # --- what callers use
+
+    def generate(
+        self,
+        conversation: Conversation,
+        *,
+        system: str | None = None,
+        image_tokens: int | None = None,
+        max_tokens: int = DEFAULT_MAX_TOKENS,
+        sampling: Sampling | None = None,
+        stop: str | Sequence[str] = (),
+        raw: bool = False,
+        prompt_ids: Sequence[int] | None = None,
+        prefill_chunk: int = PREFILL_CHUNK,
+    ) -> Reply:
+        """Answer, and return the whole reply.
+
+        Args:
+            conversation: a part, a list of parts (one user turn) or a list of `Turn`. A part is text or a picture;
+                see `PartLike` for how a plain `str` is told apart.
+            system: text of a system turn in front.
+            image_tokens: token budget of every picture that has none of its own; None is the bundle's default.
+            max_tokens: most tokens of the reply.
+            sampling: fields that are None take the bundle's defaults.
+            stop: strings that end the reply just before them.
+            raw: complete the text as it stands, without the chat template. Bundles of base models are always raw.
+            prompt_ids: the whole prompt as token ids; the conversation then holds pictures only, in the order of the
+                runs of soft tokens.
+            prefill_chunk: tokens of the prompt that run at once.
+
+        Raises:
+            InputError: a part, budget, sampling value or limit cannot be used (ImageError, PromptError, SamplingError),
+                or the prompt does not fit (ContextFull). Nothing has run then.
+            ModelOutputError: the model gave something that cannot be decoded.
+        """
+        reply: Reply | None = None
+        for chunk in self.stream(
+            conversation,
+            system=system,
+            image_tokens=image_tokens,
+            max_tokens=max_tokens,
+            sampling=sampling,
+            stop=stop,
+            raw=raw,
+            prompt_ids=prompt_ids,
+            prefill_chunk=prefill_chunk,
+        ):
+            reply = chunk.reply
+        assert reply is not None
+        return reply
+
+    def stream(
+        self,
+        conversation: Conversation,
+        *,
+        system: str | None = None,
+        image_tokens: int | None = None,
+        max_tokens: int = DEFAULT_MAX_TOKENS,
+        sampling: Sampling | None = None,
+        stop: str | Sequence[str] = (),
+        raw: bool = False,
+        prompt_ids: Sequence[int] | None = None,
+        prefill_chunk: int = PREFILL_CHUNK,
+    ) -> Generator[Chunk, None, None]:
+        """Like `generate`, as chunks of text; joined they are the text of the reply, which the last chunk carries.
+
+        Nothing runs before the first `next()`. Closing the generator cancels the work.
+        """
+        clock = StageClock()
+        effective = resolve(sampling or Sampling(), self.manifest.sampling)
+        sampler = make_sampler(effective)
+        text = TextStream(self._tokenizer, stop)
+        if not isinstance(max_tokens, int) or max_tokens < 1:
+            raise InputError(f"max_tokens is {max_tokens!r}, it must be an integer of at least 1")
+        pictures, prompt = self._prepare(conversation, system, image_tokens, raw, prompt_ids, clock)
+        session = self.runtime.session()
+        logits = self._prefill(session, prompt, pictures, prefill_chunk, clock)
+        ids: list[int] = []
+        pieces: list[str] = []
+        finish = "length"
+        while True:
+            token = sampler(logits)
+            clock.token()
+            if token in self.manifest.stop_ids:
+                finish = "stop_id"
+                break
+            ids.append(token)
+            piece = text.push(token)
+            pieces.append(piece)
+            if piece:
+                yield Chunk(piece, (token,))
+            if text.stopped:
+                finish = "stop_text"
+                break
+            if len(ids) == max_tokens:
+                break
+            if session.length == self.manifest.context:
+                finish = "context"
+                break
+            with self._turn:
+                logits = session.step(token)
+        pieces.append(text.finish())
+        drawn = len(ids) + (finish == "stop_id")
+        yield Chunk(
+            pieces[-1], (), self._reply("".join(pieces), ids, prompt, pictures, finish, effective, clock, drawn)
+        )
+
+    def encode(self, image: ImageInput, *, image_tokens: int | None = None) -> EncodedImage:
+        """Run the vision tower once, to ask many questions about one picture."""
+        [(_, [part])] = turns_of([image], None)
+        picture = self._read(part, image_tokens, "image", StageClock())
+        if picture is None:
+            raise InputError("encode takes a picture, not text")
+        return self._encode(picture, StageClock())
+
+    def count_tokens(
+        self,
+        conversation: Conversation,
+        *,
+        system: str | None = None,
+        image_tokens: int | None = None,
+        raw: bool = False,
+    ) -> dict[str, int]:
+        """Prompt tokens by modality and in "total", without running a graph."""
+        _, prompt = self._prepare(conversation, system, image_tokens, raw, None, StageClock())
+        return {"total": len(prompt.ids), **_by_modality(prompt)}
+
+    def prompt_logits(
+        self,
+        conversation: Conversation,
+        *,
+        system: str | None = None,
+        image_tokens: int | None = None,
+        raw: bool = False,
+        prompt_ids: Sequence[int] | None = None,
+    ) -> np.ndarray:
+        """Logits of every row of the prompt, float32 [prompt tokens, vocabulary]."""
+        clock = StageClock()
+        pictures, prompt = self._prepare(conversation, system, image_tokens, raw, prompt_ids, clock)
+        soft = self._soft_tokens(prompt, pictures, clock)
+        with self._turn:
+            return self.runtime.session().prompt_logits(prompt.ids, soft)
+
+    def verify(self) -> VerifyReport:
+        """Replay the bundle's self-test on this engine's device."""
+        with self._turn:
+            return replay(self.bundle, self.runtime)
+
+    # --- the path
+
+    def _prepare(
+        self,
+        conversation: Conversation,
+        system: str | None,
+        image_tokens: int | None,
+        raw: bool,
+        prompt_ids: Sequence[int] | None,
+        clock: StageClock,
+    ) -> tuple[list[_Picture], Prompt]:
+        """Read all media and lay out the prompt; everything that can be refused is refused here."""
+        pictures: list[_Picture] = []
+        messages = []
+        for role, parts in turns_of(conversation, system):
+            built: list[Part] = []
+            for part in parts:
+                picture = self._read(part, image_tokens, f"image {len(pictures) + 1}", clock)
+                if picture is None:
+                    assert isinstance(part, Text)
+                    built.append(part)
+                else:
+                    pictures.append(picture)
+                    built.append(Media(soft_tokens=picture.soft_tokens))
+            messages.append(Message(role, built))
+        if prompt_ids is not None:
+            prompt = self._from_ids(prompt_ids, messages, pictures)
+        elif raw or self._raw_only:
+            prompt = self._prompts.raw([part for message in messages for part in message.parts])
+        else:
+            prompt = self._prompts.chat(messages)
+        if len(prompt.ids) > self.manifest.context:
+            raise ContextFull(len(prompt.ids), self.manifest.context)
+        return pictures, prompt
+
+    def _from_ids(self, ids: Sequence[int], messages: list[Message], pictures: list[_Picture]) -> Prompt:
+        texts = [part.text for message in messages for part in message.parts if isinstance(part, Text)]
+        if any(texts):
+            raise PromptError("a prompt given as ids cannot have text beside it")
+        prompt = self._prompts.from_ids(ids)
+        found, expected = [span.length for span in prompt.spans], [picture.soft_tokens for picture in pictures]
+        if found != expected:
+            raise PromptError(f"the prompt ids have runs of {found} soft tokens, the pictures give {expected}")
+        return prompt
+
+    def _read(self, part: NormalPart, image_tokens: int | None, name: str, clock: StageClock) -> _Picture | None:
+        """Read one picture and lay it out; None for text."""
+        if isinstance(part, Text):
+            return None
+        facts = self._image_facts(name)
+        if isinstance(part, EncodedImage):
+            if part.bundle != self._identity:
+                raise InputError(f"{name} was encoded by another bundle")
+            return _Picture(None, None, part)
+        source = part.source
+        shown = (
+            f"{name} ({Path(source).name})"
+            if isinstance(source, (str, os.PathLike)) and len(str(source)) < 256
+            else name
+        )
+        with clock.stage("decode_file"):
+            pixels = load_image(source, name=shown)
+        budget = image_tokens if part.tokens is None else part.tokens
+        layout = POLICIES[facts.policy].layout(pixels.shape[0], pixels.shape[1], facts, budget)
+        return _Picture(layout, pixels, None)
+
+    def _encode(self, picture: _Picture, clock: StageClock) -> EncodedImage:
+        if picture.encoded is not None:
+            return picture.encoded
+        assert picture.pixels is not None
+        assert picture.layout is not None
+        facts = self._image_facts("image")
+        with clock.stage("resize"):
+            pixels = resize(picture.pixels, picture.layout.height, picture.layout.width, facts.resample)
+            patches = patchify(pixels, facts.patch_size, facts.pool_size)
+        with clock.stage("vision"), self._turn:
+            values = self.runtime.encode(patches.values, patches.positions, picture.soft_tokens)
+        return EncodedImage(values, picture.size, self._identity)
+
+    def _soft_tokens(self, prompt: Prompt, pictures: list[_Picture], clock: StageClock) -> list[SoftTokens]:
+        return [
+            SoftTokens(span.start, self._encode(pictures[span.media_index], clock).soft_tokens) for span in prompt.spans
+        ]
+
+    def _prefill(
+        self, session: Session, prompt: Prompt, pictures: list[_Picture], chunk: int, clock: StageClock
+    ) -> np.ndarray:
+        soft = self._soft_tokens(prompt, pictures, clock)
+        with clock.stage("prefill"), self._turn:
+            return session.prefill(prompt.ids, soft, chunk=chunk)
+
+    def _reply(
+        self,
+        text: str,
+        ids: list[int],
+        prompt: Prompt,
+        pictures: list[_Picture],
+        finish: str,
+        effective: Effective,
+        clock: StageClock,
+        drawn: int,
+    ) -> Reply:
+        found = parse_boxes(text, self.manifest.reply.boxes, [picture.size for picture in pictures])
+        return Reply(
+            text=text,
+            token_ids=tuple(ids),
+            prompt_token_ids=tuple(prompt.ids.tolist()),
+            finish_reason=finish,
+            usage=Usage(prompt_tokens=len(prompt.ids), completion_tokens=len(ids), by_modality=_by_modality(prompt)),
+            timings=clock.timings(drawn),
+            boxes=found.boxes,
+            truncated=found.truncated,
+            sampling=effective,
+            device=str(self.runtime.device),
+            providers=self.runtime.providers,
+        )
+
+    @property
+    def _identity(self) -> str:
+        """What soft tokens depend on."""
+        return "".join(
+            self.manifest.files[name].sha256 for name in ("vision", "weights") if name in self.manifest.files
+        )
+
+    def _image_facts(self, name: str) -> ImageFacts:
+        if self.manifest.image is None:
+            raise PromptError(
+                f"{name}: this bundle has no vision input (modalities: {', '.join(self.manifest.modalities)})"
+            )
+        return self.manifest.image
+
+
+def _by_modality(prompt: Prompt) -> dict[str, int]:
+    image = sum(span.length for span in prompt.spans)
+    return {"text": len(prompt.ids) - image, "image": image}
+
+
+def _load_tokenizer(path: Path) -> Tokenizer:
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises plain Exception
+        raise BundleError(f"{path.name} cannot be read: {error}") from None
+
+
+def _load_template(bundle: Bundle) -> ChatTemplate | None:
+    if "chat_template" not in bundle.manifest.files:
+        return None
+    try:
+        return ChatTemplate(bundle.path("chat_template").read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise BundleError(f"the chat template is not UTF-8: {error}") from None

@@ -1,0 +1,201 @@
+"""Token ids to text, as it becomes certain.
+
+The text of a reply is defined without any streaming: decode its ids at once, the ids that are not text left out and an
+unfinished last character dropped, and cut before the earliest match of a stop string. `TextStream` delivers exactly
+that, piece by piece.
+
+Byte tokens are what makes this more than a loop. Tokenizers with byte fallback spell rare characters as tokens
+`<0xF0>`, `<0x9F>`, ..., and their decoder judges each *run* of byte tokens as a whole: valid UTF-8 becomes its text,
+anything else becomes one U+FFFD per byte. So the text of a run is certain when the run ends, or as soon as it cannot
+become valid any more.
+"""
+
+from __future__ import annotations
+
+import codecs
+import re
+from collections.abc import Collection, Sequence
+
+from tokenizers import Tokenizer
+
+from .errors import PromptError
+
+__all__ = ["TextStream", "special_ids"]
+
+_REPLACEMENT = "\ufffd"
+_BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
+
+
+def special_ids(tokenizer: Tokenizer) -> frozenset[int]:
+    """Ids of all added tokens that the tokenizer marks as special."""
+    return frozenset(id for id, token in tokenizer.get_added_tokens_decoder().items() if token.special)
+
+
+class TextStream:
+    """The text of one reply, from its ids.
+
+    `stop` are strings that end the text just before them; of several matches in the text the earliest start counts.
+    `hidden_ids` are ids that are not text (None: all special tokens); they do not interrupt a run of byte tokens.
+    Raises PromptError for an empty stop string.
+
+    Law: for any ids, the joined results of `push` and `finish` equal the text of the reply as defined above. What is
+    held back between calls is the current run of byte tokens and the tail that is a proper prefix of a stop string.
+    The cost of a token does not grow with the length of the reply.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), hidden_ids: Collection[int] | None = None):
+        self._tokenizer = tokenizer
+        self._hidden = special_ids(tokenizer) if hidden_ids is None else frozenset(hidden_ids)
+        self._run = _ByteRun()
+        self._matcher = _StopMatcher([stop] if isinstance(stop, str) else stop)
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string ended the text; further ids give no text."""
+        return self._matcher.matched is not None
+
+    @property
+    def matched(self) -> str | None:
+        """The stop string that ended the text."""
+        return self._matcher.matched
+
+    def push(self, id: int) -> str:
+        """Add the next id; returns the text that has become certain, often "" or several characters."""
+        if id in self._hidden or self.stopped:
+            return ""
+        token = self._tokenizer.id_to_token(id)
+        if token is None:  # a padded row of the vocabulary: decoders skip it
+            return ""
+        byte = _byte_value(token)
+        if byte is not None:
+            return self._matcher.push(self._run.push(byte))
+        return self._matcher.push(self._run.end() + self._tokenizer.decode([id], skip_special_tokens=False))
+
+    def finish(self) -> str:
+        """The reply is over: returns the held-back tail, without an unfinished last character."""
+        if self.stopped:
+            return ""
+        return self._matcher.push(self._run.end(drop_unfinished=True)) + self._matcher.finish()
+
+
+def _byte_value(token: str) -> int | None:
+    """The byte that a token like `<0x0A>` stands for, by the rule of the ByteFallback decoder."""
+    match = _BYTE_TOKEN.fullmatch(token)
+    return int(match[1], 16) if match else None
+
+
+class _ByteRun:
+    """A run of byte tokens, and how much of its text has been given out.
+
+    While the bytes can still become valid UTF-8 nothing is certain: one wrong byte later turns the whole run into
+    U+FFFD. Once they cannot, all are U+FFFD, except that the start of a character at the very end of the reply is
+    dropped, so at most three bytes are held back.
+    """
+
+    def __init__(self) -> None:
+        self._start_over()
+
+    def _start_over(self) -> None:
+        self._bytes = bytearray()
+        self._given = 0  # U+FFFD given out
+        self._decoder = codecs.getincrementaldecoder("utf-8")()  # None once the bytes cannot become valid
+
+    def push(self, byte: int) -> str:
+        """Add a byte; returns the text that is now certain."""
+        self._bytes.append(byte)
+        if self._decoder is not None:
+            try:
+                self._decoder.decode(bytes([byte]))
+            except UnicodeDecodeError:
+                self._decoder = None
+        return "" if self._decoder is not None else self._replacements(len(self._bytes) - self._unfinished())
+
+    def end(self, drop_unfinished: bool = False) -> str:
+        """The rest of the run's text; afterwards a new run begins."""
+        size = len(self._bytes) - (self._unfinished() if drop_unfinished else 0)
+        try:
+            text = self._bytes[:size].decode() if self._decoder is not None else self._replacements(size)
+        except UnicodeDecodeError:  # the run ends inside a character
+            text = self._replacements(size)
+        self._start_over()
+        return text
+
+    def _replacements(self, size: int) -> str:
+        """U+FFFD for the first `size` bytes, without those given out before."""
+        new = size - self._given
+        self._given = size
+        return _REPLACEMENT * new
+
+    def _unfinished(self) -> int:
+        """How many bytes at the end, 0 to 3, are the start of a UTF-8 character that more bytes could complete."""
+        for count in (3, 2, 1):
+            tail = bytes(self._bytes[-count:])
+            if len(tail) == count and _begins_character(tail):
+                return count
+        return 0
+
+
+def _begins_character(tail: bytes) -> bool:
+    """Whether `tail` is the start, and not the whole, of exactly one UTF-8 character."""
+    try:
+        tail.decode()
+    except UnicodeDecodeError as error:
+        return error.start == 0 and error.reason == "unexpected end of data"
+    return False
+
+
+class _StopMatcher:
+    """Cuts a text, given in pieces, before the earliest match of any stop string.
+
+    The earliest match is the one that starts first. So when a stop string is complete while a longer one that began
+    before it is still possible, the decision waits for more text.
+    """
+
+    def __init__(self, stop: Sequence[str]):
+        for index, string in enumerate(stop):
+            if not isinstance(string, str) or not string:
+                raise PromptError(f"stop string {index} is {string!r}, expected text that is not empty")
+        self._stop = sorted(set(stop), key=len)  # of two that match at one place, the shorter is complete first
+        self._longest = len(self._stop[-1]) if self._stop else 0
+        self._held = ""
+        self.matched: str | None = None
+
+    def push(self, text: str) -> str:
+        """Add text; returns what is certain to come before any match."""
+        if not text or self.matched is not None:
+            return ""
+        self._held += text
+        match = self._first_match()
+        open_at = self._first_open()
+        if match is not None and match[0] <= open_at:
+            return self._cut(*match)
+        certain, self._held = self._held[:open_at], self._held[open_at:]
+        return certain
+
+    def finish(self) -> str:
+        """No more text will come: returns the held tail, up to a match that was waiting."""
+        match = self._first_match() if self.matched is None else None
+        if match is not None:
+            return self._cut(*match)
+        rest, self._held = self._held, ""
+        return rest
+
+    def _cut(self, start: int, string: str) -> str:
+        self.matched = string
+        certain, self._held = self._held[:start], ""
+        return certain
+
+    def _first_match(self) -> tuple[int, str] | None:
+        found = [(start, string) for string in self._stop if (start := self._held.find(string)) >= 0]
+        return min(found, key=lambda match: match[0], default=None)  # `min` keeps the first, the shortest
+
+    def _first_open(self) -> int:
+        """Where the earliest tail begins that is a prefix of a stop string; the length if there is none.
+
+        Of a whole stop string too, but then the match is found there and goes first.
+        """
+        size = len(self._held)
+        for start in range(max(0, size - self._longest + 1), size):
+            if any(string.startswith(self._held[start:]) for string in self._stop):
+                return start
+        return size

@@ -1,0 +1,50 @@
+"""Fixtures shared by all tests: tiny random checkpoints exported once per session."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from siglance.engine.bundle import Bundle
+from siglance.engine.runtime import Runtime
+from siglance.export.exporter import export
+
+from . import tiny
+
+
+@dataclass(frozen=True)
+class TinyModel:
+    """A tiny random checkpoint, and the bundle exported from it."""
+
+    checkpoint: Path
+    bundle: Bundle
+    runtime: Runtime
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory):
+    """Tests neither read nor write the user's cache folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SIGLANCE_HOME", str(tmp_path_factory.mktemp("siglance-home")))
+        yield
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., TinyModel]:
+    """A function (writer name, **arguments of the writer) -> TinyModel; equal arguments give the same model."""
+    made: dict[str, TinyModel] = {}
+
+    def make(family: str, **arguments: object) -> TinyModel:
+        key = repr((family, sorted(arguments.items())))
+        if key not in made:
+            folder = tmp_path_factory.mktemp(family)
+            checkpoint = folder / "checkpoint"
+            getattr(tiny, f"write_{family}")(checkpoint, **arguments)
+            export(checkpoint, folder / "bundle")
+            bundle = Bundle.open(folder / "bundle")
+            made[key] = TinyModel(checkpoint, bundle, Runtime(bundle))
+        return made[key]
+
+    return make
