@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 
 from .boxes import parse_boxes
 from .bundle import Bundle
-from .errors import BundleError, ContextFull, InputError, PromptError
+from .errors import BundleError, ContextFull, ImageError, InputError, PromptError
 from .image import load_image
 from .image_policy import POLICIES, Layout, resize
 from .manifest import ImageFacts
@@ -311,7 +311,10 @@ class Engine:
         with clock.stage("decode_file"):
             pixels = load_image(source, name=shown)
         budget = image_tokens if part.tokens is None else part.tokens
-        layout = POLICIES[facts.policy].layout(pixels.shape[0], pixels.shape[1], facts, budget)
+        try:
+            layout = POLICIES[facts.policy].layout(pixels.shape[0], pixels.shape[1], facts, budget)
+        except ImageError as error:
+            raise ImageError(f"{shown}: {error}") from None
         return _Picture(layout, pixels, None)
 
     def _encode(self, picture: _Picture, clock: StageClock) -> EncodedImage:

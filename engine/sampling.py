@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import math
 import secrets
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -134,26 +135,18 @@ def _check_finite(logits: np.ndarray) -> None:
         raise ModelOutputError(f"non-finite logits: {counts}, {int(np.isneginf(logits).sum())} -inf of {logits.size}")
 
 
-def _check(temperature: object, top_k: object, top_p: object, min_p: object, seed: object) -> None:
-    _check_number("temperature", temperature, 0, math.inf, "a finite number, 0 or more")
-    _check_integer("top_k", top_k, 2**63, "an integer, 0 (off) or more")
-    _check_number("top_p", top_p, 0, 1, "a number between 0 and 1")
-    _check_number("min_p", min_p, 0, 1, "a number between 0 and 1")
-    _check_integer("seed", seed, _SEEDS, "an integer between 0 and 2**64 - 1")
+def _check(temperature: Any, top_k: Any, top_p: Any, min_p: Any, seed: Any) -> None:
+    real, whole = (int, float, np.integer, np.floating), (int, np.integer)
+    _check_range("temperature", temperature, real, sys.float_info.max, "a finite number, 0 or more")
+    _check_range("top_k", top_k, whole, 2**63 - 1, "an integer, 0 (off) or more")
+    _check_range("top_p", top_p, real, 1, "a number between 0 and 1")
+    _check_range("min_p", min_p, real, 1, "a number between 0 and 1")
+    _check_range("seed", seed, whole, _SEEDS - 1, "an integer between 0 and 2**64 - 1")
 
 
-def _check_number(name: str, value: object, low: float, high: float, expected: str) -> None:
+def _check_range(name: str, value: Any, types: tuple[type, ...], highest: float, expected: str) -> None:
     if value is None:
         return
-    number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
-    # NaN fails the comparison
-    if not number or not low <= value <= high or math.isinf(value):
-        raise SamplingError(f"{name} is {value!r}, expected {expected}")
-
-
-def _check_integer(name: str, value: object, end: int, expected: str) -> None:
-    if value is None:
-        return
-    integer = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-    if not integer or not 0 <= value < end:
+    # bool is a subclass of int; NaN fails the comparison
+    if isinstance(value, bool) or not isinstance(value, types) or not 0 <= value <= highest:
         raise SamplingError(f"{name} is {value!r}, expected {expected}")

@@ -1,7 +1,7 @@
 """Picking tokens from a row of logits without sorting it.
 
-A row has up to 262,144 entries, of which a filter keeps a few. `np.partition` finds the k-th best in 0.5 ms where a sort
-takes 60. The definitions, written as loops, are in `reference_sampling.py`.
+A row has up to 262,144 entries, of which a filter keeps a few. `np.partition` finds the k-th best in 0.5 ms where a
+sort takes 60. The definitions, written as loops, are in `reference_sampling.py`.
 
 Logits are float32 [n] without NaN or +inf; -inf marks a token that cannot be drawn, and at least one entry is finite.
 Filters return the positions they keep, int64 and ascending. Among equal logits the lowest position is the better.

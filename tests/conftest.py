@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
 from siglance.engine.bundle import Bundle
 from siglance.engine.runtime import Runtime
 from siglance.export.exporter import export

@@ -182,8 +182,8 @@ def test_any_valid_answer_is_read_in_full(objects):
      '}{"', '{"a":[1,],}', '"box_2d"', '{"box_2d" {}', ",", "{  ", '{""}', '{"box_2d": [[', "\\"],
 )  # fmt: skip
 def test_the_time_is_linear_in_a_megabyte_of_anything(piece):
-    """Processor time, so that a busy machine does not matter; quadratic behaviour takes minutes."""
+    """Processor time, so that other work on the machine matters little. Quadratic behaviour takes minutes."""
     text = piece * (1_000_000 // len(piece))
     started = time.process_time()
     read(text)
-    assert time.process_time() - started < 1
+    assert time.process_time() - started < 2

@@ -1,7 +1,7 @@
 """The demo model's world: scenes, the questions about them, the tokenizer, the chat template and the scoring."""
 
 import json
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import jinja2
 import numpy as np
@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from siglance.export.demo import architecture, evaluate, tasks, tokenizer
 from siglance.export.demo.images import patches
 from siglance.export.demo.scenes import (
+    COLOURS,
     LABELS,
     SIGN_WORDS,
     TOP_SEPARATION,
@@ -21,7 +22,7 @@ from siglance.export.demo.scenes import (
     scene,
 )
 
-SCENES = [scene(index) for index in range(60)]
+SCENES = [scene(index) for index in range(40)]
 QUESTIONS = ("describe", "count", "read", "detect all", "detect red circle", "count blue square")
 
 
@@ -44,18 +45,16 @@ def test_a_scene_can_be_drawn_at_a_given_size() -> None:
 def test_things_lie_inside_apart_and_at_heights_of_their_own(seen: Scene) -> None:
     width, height = seen.image.size
     boxes = [thing.box for thing in seen.objects] + ([seen.sign.box] if seen.sign else [])
-    assert 1 <= len(seen.objects)
+    assert len(seen.objects) >= 1
     assert all(0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height for x1, y1, x2, y2 in boxes)
     for one, other in combinations(boxes, 2):
         assert evaluate.overlap(one, other) == 0
     tops = [thing.box[1] / height for thing in seen.objects]
-    assert all(later - earlier >= TOP_SEPARATION for earlier, later in zip(tops, tops[1:], strict=False))
+    assert all(later - earlier >= TOP_SEPARATION for earlier, later in pairwise(tops))
 
 
 @pytest.mark.parametrize("index", range(20))
 def test_the_colour_of_a_thing_is_painted_where_its_box_is(index: int) -> None:
-    from siglance.export.demo.scenes import COLOURS
-
     seen = scene(index)
     for thing in seen.objects:
         x1, y1, x2, y2 = thing.box
@@ -101,14 +100,14 @@ def test_each_coordinate_is_one_token_and_they_are_in_order() -> None:
 
 @pytest.mark.parametrize("seen", SCENES[:20])
 def test_replies_use_few_tokens(seen: Scene) -> None:
-    """Twelve tokens for each box; none of the pieces falls apart into characters."""
+    """Eleven tokens for each box and one to close; none of the pieces falls apart into characters."""
     reply = tasks.answer(seen, "detect all")
-    assert len(tokenizer.encode(reply)) == 12 * len(seen.objects)
+    assert len(tokenizer.encode(reply)) == 11 * len(seen.objects) + 1
     if seen.sign:
         assert len(tokenizer.encode(seen.sign.text)) == 1
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters=tokenizer.SPACE)))
 def test_any_text_survives_a_round_trip(text: str) -> None:
     built = tokenizer.shared()
@@ -152,7 +151,8 @@ def test_the_template_renders_turns_and_every_kind_of_part() -> None:
 def test_patches_follow_the_resizing_rule(budget: int, size: tuple[int, int]) -> None:
     pixels, (rows, columns) = patches(scene(1).image.resize(size), budget)
     assert pixels.shape == (rows * columns, 768)
-    assert rows % 3 == 0 and columns % 3 == 0
+    assert rows % 3 == 0
+    assert columns % 3 == 0
     assert 1 <= rows * columns // 9 <= budget
     assert max(rows, columns) <= architecture.VISION_CONFIG["position_embedding_size"]
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from siglance.engine.image_policy import POLICIES
 from siglance.engine.runtime import SoftTokens
 from siglance.engine.self_test import formula_picture

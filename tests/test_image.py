@@ -537,7 +537,7 @@ def huge_jpeg():
 
 def icon_with_hidden_png():
     """The directory says 16x16, the embedded PNG 10000x9000."""
-    inner = zero_png(10000, 9000)
+    inner = png(10000, 9000, 8, 0)
     return struct.pack("<HHHBBBBHHII", 0, 1, 1, 16, 16, 0, 0, 1, 32, len(inner), 22) + inner
 
 

@@ -1,7 +1,6 @@
 """Properties of the reference model, on tiny checkpoints.
 
-Each test is also a mutation check: it fails if the reference forgets the mechanism it is about. The agreement with
-transformers is tested in tests/parity.
+Each fails if the reference forgets the mechanism it is about. tests/parity compares with transformers.
 """
 
 from __future__ import annotations
@@ -67,7 +66,6 @@ def rows_changed_by_first_token(logits_of, length: int) -> np.ndarray:
     return np.flatnonzero((logits_of(ids) != logits_of(other)).any(axis=1))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Who sees whom
 
 
@@ -180,7 +178,6 @@ def test_per_layer_inputs_see_the_soft_tokens_themselves(gemma4) -> None:
     assert not np.allclose(inputs[0], inputs[1])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Formulas
 
 
@@ -193,6 +190,42 @@ def test_norm_is_one_plus_weight_in_gemma3_and_weight_in_gemma4(gemma3, gemma4) 
         for value in (-1.0, 0.0):
             changed = weights | {name: np.full_like(weights[name], value)}
             assert (logits_of(changed, config, token_ids(5)) == 0).all() == (value == silent)
+
+
+def test_values_are_normed_in_gemma4_and_not_in_gemma3(load, tmp_path: Path) -> None:
+    """A norm per head without weight removes the size of a head's rows in v_proj. (Louder rows in all heads would tell
+    nothing: the norm behind the output projection removes a common factor.)"""
+    weights, config = load(tiny.write_gemma4, num_key_value_heads=2)
+    unclipped = with_value(config, "vision_config.use_clipped_linears", False)
+    for output_of in (
+        lambda w: reference.gemma4_text_logits(w, config, token_ids(12)),
+        lambda w: reference.gemma4_soft_tokens(w, unclipped, *image(3, 6)),
+    ):
+        np.testing.assert_allclose(output_of(with_one_loud_value_head(weights)), output_of(weights), atol=1e-4)
+
+    tiny.write_gemma3(tmp_path, num_key_value_heads=2)
+    weights, config = reference.load_checkpoint(tmp_path)
+    quiet = reference.gemma3_text_logits(weights, config, token_ids(12))
+    loud = reference.gemma3_text_logits(with_one_loud_value_head(weights), config, token_ids(12))
+    assert np.abs(loud - quiet).max() > 0.1
+
+
+def with_one_loud_value_head(weights):
+    """The rows of head 0 in every v_proj times 3; heads are 16 wide, 32 in the global layers of Gemma 4."""
+    louder = dict(weights)
+    for name, value in weights.items():
+        if name.endswith(("v_proj.weight", "v_proj.linear.weight")):
+            head_width = 16 if len(value) < 64 else 32
+            louder[name] = np.concatenate([3 * value[:head_width], value[head_width:]])
+    return louder
+
+
+def test_neighbouring_query_heads_share_a_key_value_head() -> None:
+    """Four query heads over two key/value heads: the first two look with the first key, at the first value."""
+    keys = np.array([[[9.0], [-9.0]], [[-9.0], [9.0]]])  # key head 0 points at position 0, key head 1 at position 1
+    values = np.array([[[1.0], [2.0]], [[3.0], [4.0]]])  # [position, head, 1]
+    answer = reference.attend(np.ones((2, 4, 1)), keys, values, np.ones((2, 2), bool), scale=9.0)
+    np.testing.assert_allclose(answer, [[1, 1, 4, 4]] * 2)
 
 
 def test_layer_scalar_multiplies_the_residual_stream_too(load) -> None:
@@ -274,7 +307,6 @@ def test_soft_tokens_do_not_depend_on_the_order_of_patches(gemma4) -> None:
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Everything in a checkpoint matters
 
 
@@ -297,11 +329,12 @@ def test_every_gemma4_text_tensor_matters(gemma4) -> None:
 def test_every_gemma4_vision_tensor_matters(gemma4) -> None:
     """Clip bounds included: each of them cuts something off."""
     weights, config = gemma4
-    for prefix in ("model.vision_tower", "model.embed_vision"):
-        unread = unread_tensors(
-            weights, prefix, lambda changed: reference.gemma4_soft_tokens(changed, config, *image(3, 6))
-        )
-        assert unread == []
+
+    def soft_tokens(changed):
+        return reference.gemma4_soft_tokens(changed, config, *image(3, 6))
+
+    assert unread_tensors(weights, "model.vision_tower", soft_tokens) == []
+    assert unread_tensors(weights, "model.embed_vision", soft_tokens) == []
 
 
 def unread_tensors(weights, prefix: str, output_of) -> list[str]:

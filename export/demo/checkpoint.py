@@ -19,7 +19,7 @@ from .tokenizer import encode, prompt_parts
 
 
 def write(folder: Path, weights: dict[str, Tensor]) -> None:
-    """Write a whole checkpoint folder; an old one is replaced in one step, so that readers never see half a checkpoint."""
+    """Write a whole checkpoint folder; readers never see half a checkpoint."""
     fresh = folder.with_name(f".{folder.name}.{os.getpid()}")
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .model import _BLOCK_SIZE_AT_START, EPSILON, MLP, RMSNorm, _score_norm, linear, rotate
+from .layers import BLOCK_SIZE_AT_START, EPSILON, MLP, RMSNorm, linear, rotate, score_norm
 from .tokenizer import COORDINATES, SPECIAL_TOKENS, first_coordinate_id
 
 Cache = dict[int, tuple[Tensor, Tensor]]  # layer -> keys, values [batch, kv heads, length, head_dim]
@@ -21,10 +21,10 @@ class Attention(nn.Module):
         width, self.owner = config["hidden_size"], owner
         self.head_dim = config["global_head_dim"] if full else config["head_dim"]
         self.heads, self.kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
-        self.q_proj, self.q_norm = linear(width, self.heads * self.head_dim), _score_norm(self.head_dim)
+        self.q_proj, self.q_norm = linear(width, self.heads * self.head_dim), score_norm(self.head_dim)
         self.o_proj = linear(self.heads * self.head_dim, width)
         if owner is None:
-            self.k_proj, self.k_norm = linear(width, self.kv_heads * self.head_dim), _score_norm(self.head_dim)
+            self.k_proj, self.k_norm = linear(width, self.kv_heads * self.head_dim), score_norm(self.head_dim)
             self.v_proj = linear(width, self.kv_heads * self.head_dim)
 
     def keys_values(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -52,9 +52,9 @@ class Layer(nn.Module):
         self.self_attn = Attention(config, full, owner)
         self.mlp = MLP(width, config["intermediate_size"] * (1 if owner is None else 2))
         self.input_layernorm, self.pre_feedforward_layernorm = RMSNorm(width), RMSNorm(width)
-        self.post_attention_layernorm = RMSNorm(width, _BLOCK_SIZE_AT_START)
-        self.post_feedforward_layernorm = RMSNorm(width, _BLOCK_SIZE_AT_START)
-        self.post_per_layer_input_norm = RMSNorm(width, _BLOCK_SIZE_AT_START / 2)
+        self.post_attention_layernorm = RMSNorm(width, BLOCK_SIZE_AT_START)
+        self.post_feedforward_layernorm = RMSNorm(width, BLOCK_SIZE_AT_START)
+        self.post_per_layer_input_norm = RMSNorm(width, BLOCK_SIZE_AT_START / 2)
         self.per_layer_input_gate, self.per_layer_projection = linear(width, narrow), linear(narrow, width)
         self.layer_scalar = nn.Parameter(torch.ones(1))
 
@@ -114,7 +114,7 @@ class Decoder(nn.Module):
         self.embed_tokens.weight[first : first + len(COORDINATES)] = smooth
 
     def embed(self, ids: Tensor, soft: Tensor | None) -> tuple[Tensor, Tensor]:
-        """ids [batch, length], soft tokens [batch, n, width] -> embeddings and per-layer inputs [.., layers, narrow]."""
+        """Embeddings and per-layer inputs [batch, length, layers, narrow] of ids [batch, length]."""
         width, narrow = self.config["hidden_size"], self.config["hidden_size_per_layer_input"]
         is_image = ids == SPECIAL_TOKENS["<|image|>"]
         x = self.embed_tokens(ids) * math.sqrt(width)

@@ -51,7 +51,8 @@ class Report:
         lines += [f"  {kind:<16} {rate:6.1%}" for kind, rate in self.exact.items()]
         lines += ["", "detect all:", "  budget  recall  small objects  precision"]
         lines += [
-            f"  {budget:>6}  {self.recall[budget]:6.1%}  {self.small_recall[budget]:13.1%}  {self.precision[budget]:9.1%}"
+            f"  {budget:>6}  {self.recall[budget]:6.1%}  {self.small_recall[budget]:13.1%}  "
+            f"{self.precision[budget]:9.1%}"
             for budget in self.recall
         ]
         return "\n".join(lines)

@@ -5,7 +5,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .architecture import TEXT_CONFIG, VISION_CONFIG
-from .model import EPSILON, DemoModel
+from .layers import EPSILON
+from .model import DemoModel
 from .packing import CLASSES, Batch, masks
 from .scenes import SIGN_WORDS
 from .tokenizer import COORDINATES, first_coordinate_id
@@ -42,7 +43,7 @@ class Hints(nn.Module):
         return (scores[covered, CLASSES : CLASSES + 4] - box.flatten(0, 1)[covered]).abs().mean()
 
 
-def _smoothing() -> Tensor:
+def neighbour_smoothing() -> Tensor:
     """[coordinates, coordinates]: the target distribution of each coordinate, spread over its neighbours."""
     value = torch.arange(len(COORDINATES)).float()
     weight = torch.exp(-0.5 * ((value[:, None] - value) / _NEIGHBOUR_SPREAD) ** 2)

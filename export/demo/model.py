@@ -12,26 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .architecture import POOL, TEXT_CONFIG, VISION_CONFIG
-
-EPSILON = 1e-6
-
-
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last axis."""
-
-    def __init__(self, width: int, value: float = 1.0):
-        super().__init__()
-        self.weight = nn.Parameter(torch.full((width,), value))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, (x.shape[-1],), self.weight, EPSILON)
-
-
-def linear(inputs: int, outputs: int) -> nn.Linear:
-    """A bias-free projection; weights start at variance 1 / inputs."""
-    layer = nn.Linear(inputs, outputs, bias=False)
-    nn.init.normal_(layer.weight, std=inputs**-0.5)
-    return layer
+from .decoder import Decoder
+from .layers import BLOCK_SIZE_AT_START, EPSILON, MLP, RMSNorm, linear, rotate, score_norm
 
 
 class Wrapped(nn.Module):
@@ -45,33 +27,6 @@ class Wrapped(nn.Module):
         return self.linear(x)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding, halves paired: x [..., length, head_dim], cos and sin broadcast against it."""
-    half = x.shape[-1] // 2
-    swapped = torch.cat((-x[..., half:], x[..., :half]), -1)
-    return x * cos + swapped * sin
-
-
-class MLP(nn.Module):
-    """down(gelu(gate(x)) * up(x))."""
-
-    def __init__(self, width: int, inner: int, layer: type | Any = linear):
-        super().__init__()
-        self.gate_proj, self.up_proj, self.down_proj = layer(width, inner), layer(width, inner), layer(inner, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x))
-
-
-# Scores are not divided by sqrt(head_dim) in this architecture: the norms' weights have to start small instead.
-def _score_norm(head_dim: int) -> RMSNorm:
-    return RMSNorm(head_dim, 1.2 * head_dim**-0.25)
-
-
-# Each block ends in a norm whose weight is the size of its contribution to the residual.
-_BLOCK_SIZE_AT_START = 0.5
-
-
 class VisionAttention(nn.Module):
     """Bidirectional attention over patches with two-dimensional rotary positions."""
 
@@ -81,7 +36,7 @@ class VisionAttention(nn.Module):
         inner = self.heads * self.head_dim
         self.q_proj, self.k_proj, self.v_proj = Wrapped(width, inner), Wrapped(width, inner), Wrapped(width, inner)
         self.o_proj = Wrapped(inner, width)
-        self.q_norm, self.k_norm = _score_norm(self.head_dim), _score_norm(self.head_dim)
+        self.q_norm, self.k_norm = score_norm(self.head_dim), score_norm(self.head_dim)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         batch, length, _ = x.shape
@@ -103,8 +58,8 @@ class VisionLayer(nn.Module):
         self.self_attn = VisionAttention(config)
         self.mlp = MLP(width, config["intermediate_size"], Wrapped)
         self.input_layernorm, self.pre_feedforward_layernorm = RMSNorm(width), RMSNorm(width)
-        self.post_attention_layernorm = RMSNorm(width, _BLOCK_SIZE_AT_START)
-        self.post_feedforward_layernorm = RMSNorm(width, _BLOCK_SIZE_AT_START)
+        self.post_attention_layernorm = RMSNorm(width, BLOCK_SIZE_AT_START)
+        self.post_feedforward_layernorm = RMSNorm(width, BLOCK_SIZE_AT_START)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         x = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), cos, sin))
@@ -161,7 +116,7 @@ class VisionTower(nn.Module):
         self.patch_embedder, self.encoder = PatchEmbedder(config), Encoder(config)
 
     def forward(self, patches: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """patches [batch, rows * columns, 768] -> features of the patches, and of each 3x3 group (times sqrt(width))."""
+        """patches [batch, rows * columns, 768] -> features of the patches and of each 3x3 group of them."""
         x = self.encoder(self.patch_embedder(patches, grid), grid)
         batch, _, width = x.shape
         rows, columns = grid[0] // POOL, grid[1] // POOL
@@ -185,8 +140,6 @@ class Gemma4Core(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        from .decoder import Decoder
-
         self.vision_tower = VisionTower(VISION_CONFIG)
         self.embed_vision = Embedder(VISION_CONFIG["hidden_size"], TEXT_CONFIG["hidden_size"])
         self.language_model = Decoder(TEXT_CONFIG)

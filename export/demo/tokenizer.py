@@ -1,7 +1,7 @@
 """The demo model's tokenizer and chat template, built by hand: a small vocabulary with Gemma 4's special tokens.
 
-Byte-pair merges are not learnt here. Each piece the replies are made of ("circle", `"label": "`, "340") is given a chain of
-merges that grows it from the left, one character at a time, so that it always comes out as one token. Everything else
+Byte-pair merges are not learnt here. Each piece the replies are made of ("circle", `"label": "`, "340") is given a
+chain of merges that grows it from the left, one character at a time, so that it always comes out as one token. The rest
 falls back to single characters, and what is not printable ASCII to bytes: any UTF-8 text survives a round trip.
 """
 

@@ -1,7 +1,7 @@
 """Trains the demo model on synthetic scenes: `python -m siglance.export.demo.train --out DIR --hours H [--resume]`.
 
-The first part of the time goes to the vision tower alone, taught by the hint heads; then the whole model learns to answer.
-An average of the weights over the last steps is what is scored and kept; the best one so far is always in DIR/best.
+The first part of the time goes to the vision tower alone, taught by the hint heads; then the whole model learns to
+answer. An average of the weights over the last steps is what is scored and kept; the best so far is in DIR/best.
 """
 
 import argparse
@@ -11,19 +11,18 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from . import architecture, checkpoint, feed
 from .answering import answer_all
 from .evaluate import Report, questions, score
-from .learning import Hints, _smoothing, losses, optimisers
+from .learning import Hints, losses, neighbour_smoothing, optimisers
 from .model import DemoModel
 
-_STAGE_BREAK = 0.14  # share of the time for the vision tower alone
+_STAGE_BREAK = 0.2  # share of the time for the vision tower alone
 _WARM_UP_STEPS = 60
 _DECAY_FROM = 0.45  # share of the time after which the learning rate falls, linearly
 _AVERAGING = 0.998
-_SCORED_SCENES = 100
+_SCORED_SCENES = 60
 
 
 @dataclass
@@ -47,7 +46,7 @@ class Run:
         self.model, self.hints = DemoModel(), Hints()
         self.average = {name: value.clone() for name, value in self.model.state_dict().items()}
         self.optimisers = optimisers(self.model, self.hints)
-        self.smoothing, self.progress = _smoothing(), Progress()
+        self.smoothing, self.progress = neighbour_smoothing(), Progress()
 
     def step(self, batch: object, elapsed: float) -> None:
         """One update at `elapsed` seconds of training."""
@@ -129,7 +128,8 @@ def train(out: Path, hours: float, resume: bool, every_minutes: float) -> None:
             before = now
             if progress.seconds >= next_score:
                 next_score += every_minutes * 60
-                status(out, run, run.evaluate(_SCORED_SCENES))
+                if progress.seconds > _STAGE_BREAK * run.budget_seconds:
+                    status(out, run, run.evaluate(_SCORED_SCENES))
                 run.save()
     status(out, run, run.evaluate(_SCORED_SCENES))
     run.save()

@@ -309,9 +309,9 @@ def _image_facts(checkpoint: Checkpoint, config: Config) -> ImageFacts | None:
     vision = config.vision
     if vision is None:
         return None
-    values = checkpoint.json("processor_config.json")
-    values = values.get("image_processor", values) or checkpoint.json("preprocessor_config.json")
-    reader = ConfigReader(values, "processor_config.json")
+    values = checkpoint.json("preprocessor_config.json")
+    processor = checkpoint.json("processor_config.json")
+    reader = ConfigReader({**values, **processor, **processor.get("image_processor", {})}, "processor_config.json")
     for key, expected in (("patch_size", vision.patch), ("pooling_kernel_size", vision.pool), ("resample", 3)):
         reader.expect(key, (None, expected))
     default = reader.integer("max_soft_tokens", 280)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from PIL import Image
+
 from siglance.engine.bundle import Bundle
 from siglance.engine.image_policy import POLICIES
 from siglance.engine.manifest import ImageFacts

@@ -1,0 +1,231 @@
+"""The command line: options to calls, results to text. No logic of its own.
+
+Exit codes: 0, 1 (an error, one line on stderr), 2 (usage), 3 (`verify` found the bundle wrong).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import numpy as np
+import typer
+
+from . import output
+from .bundle import Bundle
+from .engine import DEFAULT_MAX_TOKENS, Engine
+from .errors import InputError, PromptError, SiglanceError
+from .parts import Image, PartLike
+from .prompt import Text
+from .reply import Reply
+from .runtime import PREFILL_CHUNK
+from .sampling import Sampling
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="siglance",
+    help="Vision-language models on this device: export them to ONNX, ask them about pictures.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+BundleArgument = Annotated[str, typer.Argument(help="Folder of a bundle, or a name in the cache.", metavar="[BUNDLE]")]
+ImageOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "-i", "--image", metavar="FILE[@BUDGET]", help="A picture, with a token budget of its own if you like."
+    ),
+]
+PromptOption = Annotated[str, typer.Option("-p", "--prompt", metavar="TEXT", help="The question, after the pictures.")]
+SystemOption = Annotated[str | None, typer.Option("--system", metavar="TEXT", help="Text of a system turn.")]
+BudgetOption = Annotated[
+    int | None, typer.Option("--image-tokens", metavar="N", help="Token budget of pictures without their own.")
+]
+RawOption = Annotated[bool, typer.Option("--raw", help="Complete the text as it stands, without the chat template.")]
+DeviceOption = Annotated[str, typer.Option("--device", metavar="D", help="auto, cpu, cuda or cuda:N.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+@app.command()
+def run(
+    bundle: BundleArgument = "demo",
+    image: ImageOption = None,
+    prompt: PromptOption = "",
+    system: SystemOption = None,
+    image_tokens: BudgetOption = None,
+    max_tokens: Annotated[int, typer.Option(metavar="N", help="Most tokens of the reply.")] = DEFAULT_MAX_TOKENS,
+    temperature: Annotated[float | None, typer.Option(metavar="F", help="0 is greedy.")] = None,
+    top_k: Annotated[int | None, typer.Option(metavar="N", help="Keep the N best tokens; 0 keeps all.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(metavar="F", help="Keep the best tokens up to this probability.")
+    ] = None,
+    min_p: Annotated[float | None, typer.Option(metavar="F", help="Drop tokens below F times the best.")] = None,
+    seed: Annotated[int | None, typer.Option(metavar="N", help="Same seed, same text.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(metavar="S", help="End the reply before this text.")] = None,
+    raw: RawOption = False,
+    prompt_ids: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The whole prompt as a JSON list of token ids.")
+    ] = None,
+    prefill_chunk: Annotated[
+        int, typer.Option(metavar="N", help="Tokens of the prompt that run at once.")
+    ] = PREFILL_CHUNK,
+    logits: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.npy", help="Also write the prompt's logits, float32 [prompt tokens, vocabulary]."),
+    ] = None,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+    draw: Annotated[Path | None, typer.Option(metavar="OUT.png", help="Draw the boxes of the reply.")] = None,
+) -> None:
+    """Ask a question about pictures, or complete a text."""
+    ids = None if prompt_ids is None else _read_ids(prompt_ids)
+    parts = _parts(image, prompt)
+    if draw is not None and len(image or []) != 1:
+        raise InputError(f"--draw draws on the picture of the prompt, which needs exactly one, not {len(image or [])}")
+    if ids is None and not parts and not raw:
+        raise PromptError("the prompt is empty: give a question with -p or a picture with -i")
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
+    common = {"system": system, "image_tokens": image_tokens, "raw": raw, "prompt_ids": ids}
+    with Engine.open(bundle, device=device) as engine:
+        if bundle == "demo" and not as_json:
+            output.note(output.DEMO_NOTE)
+        rows = None if logits is None else engine.prompt_logits(parts, **common)
+        reply: Reply | None = None
+        for chunk in engine.stream(
+            parts, max_tokens=max_tokens, sampling=sampling, stop=stop or [], prefill_chunk=prefill_chunk, **common
+        ):
+            if not as_json:
+                sys.stdout.write(chunk.text)
+                sys.stdout.flush()
+            reply = chunk.reply
+        assert reply is not None
+    if as_json:
+        print(json.dumps(output.reply_json(reply), ensure_ascii=False))
+    else:
+        print()
+        output.note(output.reply_summary(reply))
+    if logits is not None and rows is not None:
+        _save_logits(logits, rows)
+    if draw is not None:
+        assert image is not None
+        output.draw(reply, _image(image[0]), draw)
+
+
+@app.command()
+def export(
+    source: Annotated[Path, typer.Argument(help="Folder of a Hugging Face checkpoint.")],
+    out: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="The new bundle folder.")],
+    precision: Annotated[str, typer.Option(metavar="P", help="fp32.")] = "fp32",
+    target: Annotated[str, typer.Option(metavar="T", help="cpu.")] = "cpu",
+    context: Annotated[int, typer.Option(metavar="N", help="Most tokens of prompt and reply together.")] = 32768,
+) -> None:
+    """Turn a checkpoint into a bundle."""
+    # The one place where the runtime reaches for the exporter: its packages come with the [export] extra.
+    try:
+        from ..export.exporter import export as export_checkpoint
+        from ..export.families import ExportOptions
+    except ModuleNotFoundError as error:
+        raise InputError(f"export needs the package {error.name!r}: pip install 'siglance[export]'") from None
+    options = ExportOptions(precision=precision, target=target, context=context)
+    with output.progress() as report:
+        result = export_checkpoint(source, out, options, progress=report)
+    print(f"{result.folder}: {result.family}, {result.precision}, {result.total_bytes / 1e6:.1f} MB")
+    for name, facts in result.graphs.items():
+        print(f"  {name}: {facts['nodes']} nodes, {facts['weight_bytes'] / 1e6:.1f} MB of weights")
+    for part in result.left_out:
+        print(f"  left out: {part}")
+
+
+@app.command()
+def verify(bundle: BundleArgument = "demo", device: DeviceOption = "auto", as_json: JsonOption = False) -> None:
+    """Replay the self-test of a bundle on this device."""
+    with Engine.open(bundle, device=device) as engine:
+        report = engine.verify()
+    if as_json:
+        print(json.dumps(output.verify_json(report)))
+    else:
+        print(f"{report.result}: largest logit difference {report.max_logit_difference:.2g}")
+        for case in report.cases:
+            print(f"  {case.name}: {case.max_logit_difference:.2g}, best token agrees {case.argmax_agreement:.0%}")
+    if report.result == "wrong":
+        raise typer.Exit(3)
+
+
+@app.command()
+def inspect(
+    target: Annotated[str, typer.Argument(metavar="BUNDLE|FILE.onnx", help="A bundle, or one graph file.")] = "demo",
+    as_json: JsonOption = False,
+) -> None:
+    """Show what a bundle or a graph declares: inputs, outputs, wires, state, sizes."""
+    from .inspect import inspect_bundle, inspect_graph, render
+
+    path = Path(target)
+    facts = inspect_graph(path) if path.suffix == ".onnx" else inspect_bundle(Bundle.open(target))
+    print(json.dumps(facts, indent=1) if as_json else render(facts))
+
+
+@app.command("count-tokens")
+def count_tokens(
+    bundle: BundleArgument = "demo",
+    image: ImageOption = None,
+    prompt: PromptOption = "",
+    system: SystemOption = None,
+    image_tokens: BudgetOption = None,
+    raw: RawOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Count the tokens of a prompt by modality, without running the model."""
+    with Engine.open(bundle) as engine:
+        counts = engine.count_tokens(_parts(image, prompt), system=system, image_tokens=image_tokens, raw=raw)
+    if as_json:
+        print(json.dumps(counts))
+    else:
+        print("\n".join(f"{name} {count}" for name, count in counts.items()))
+
+
+def _parts(images: list[str] | None, prompt: str) -> list[PartLike]:
+    return [*map(_image, images or []), *([Text(prompt)] if prompt else [])]
+
+
+def _image(argument: str) -> Image:
+    """FILE or FILE@BUDGET; a file whose name really ends in @digits is found under its full name."""
+    name, separator, budget = argument.rpartition("@")
+    if separator and budget.isdecimal() and not Path(argument).exists():
+        return Image(Path(name), int(budget))
+    return Image(argument if argument.lower().startswith("data:") else Path(argument))
+
+
+def _read_ids(path: Path) -> list[int]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise PromptError(f"--prompt-ids {path}: {error}") from None
+    if not isinstance(value, list):
+        raise PromptError(f"--prompt-ids {path}: expected a JSON list of token ids, found {type(value).__name__}")
+    return value
+
+
+def _save_logits(path: Path, rows: np.ndarray) -> None:
+    try:
+        with path.open("wb") as file:
+            np.save(file, rows)
+    except OSError as error:
+        raise InputError(f"--logits {path}: {error}") from None
+
+
+def main() -> NoReturn:
+    """Run the program `siglance`."""
+    try:
+        app()
+    except SiglanceError as error:
+        print(f"siglance: {' '.join(str(error).split())}", file=sys.stderr)
+    except BrokenPipeError:
+        # The reader of our output has gone; nothing can be told it, not even at interpreter shutdown.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(1)

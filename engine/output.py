@@ -1,0 +1,90 @@
+"""Results as JSON and as text for people."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from .draw import draw_boxes
+from .errors import InputError
+from .image import load_image
+from .parts import Image
+from .reply import Reply
+from .self_test import VerifyReport
+
+__all__ = ["DEMO_NOTE", "draw", "note", "progress", "reply_json", "reply_summary", "verify_json"]
+
+DEMO_NOTE = (
+    "This is the embedded demo, a tiny model that knows drawn coloured shapes and short signs only. "
+    "It answers: describe, count, detect <colour> <shape>, detect all, read."
+)
+
+
+def note(text: str) -> None:
+    """A remark beside the answer: on stderr, so that stdout holds the answer alone."""
+    print(text, file=sys.stderr)
+
+
+def reply_json(reply: Reply) -> dict[str, Any]:
+    """The object that `run --json` prints."""
+    return {
+        "text": reply.text,
+        "token_ids": list(reply.token_ids),
+        "prompt_token_ids": list(reply.prompt_token_ids),
+        "finish_reason": reply.finish_reason,
+        "usage": dataclasses.asdict(reply.usage),
+        "timings_ms": {name: round(value, 3) for name, value in dataclasses.asdict(reply.timings).items()},
+        "boxes": [
+            {"label": box.label, "box": [round(float(value), 2) for value in box.box], "image": box.image}
+            for box in reply.boxes
+        ],
+        "truncated": reply.truncated,
+        "sampling": dataclasses.asdict(reply.sampling),
+        "device": reply.device,
+        "providers": reply.providers,
+    }
+
+
+def reply_summary(reply: Reply) -> str:
+    """One line: tokens, stages, speed."""
+    timings, usage = reply.timings, reply.usage
+    speed = f"{1e3 / timings.per_token:.0f} tokens/s" if timings.per_token else "one token"
+    return (
+        f"{usage.prompt_tokens} prompt tokens ({usage.by_modality['image']} of pictures), {usage.completion_tokens} "
+        f"in the reply, ended by {reply.finish_reason} | read {timings.decode_file:.0f} ms, "
+        f"resize {timings.resize:.0f}, "
+        f"vision {timings.vision:.0f}, prefill {timings.prefill:.0f}, first token after {timings.first_token:.0f} ms, "
+        f"{speed}, {reply.device}"
+    )
+
+
+def verify_json(report: VerifyReport) -> dict[str, Any]:
+    """The object that `verify --json` prints."""
+    return dataclasses.asdict(report)
+
+
+def draw(reply: Reply, image: Image, path: Path) -> None:
+    """Write the picture with the boxes of the reply; the format follows the file's ending."""
+    picture = draw_boxes(load_image(image.source), reply.boxes)
+    try:
+        picture.save(path)
+    except (OSError, ValueError, KeyError) as error:
+        path.unlink(missing_ok=True)
+        raise InputError(f"--draw {path}: {error}") from None
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[str], None]]:
+    """A spinner with the name of the stage, on stderr; silent when stderr is not a terminal."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda stage: None
+        return
+    with console.status("starting") as status:
+        yield lambda stage: status.update(stage)
