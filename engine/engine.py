@@ -27,7 +27,7 @@ from .runtime import PREFILL_CHUNK, Runtime, Session, SoftTokens
 from .sampling import Effective, Sampling, make_sampler, resolve
 from .self_test import VerifyReport, replay
 from .template import ChatTemplate
-from .text import TextStream
+from .text import TextStream, special_ids
 
 from ..kernels.patches import patchify  # isort: skip
 
@@ -71,6 +71,8 @@ class Engine:
         self.bundle = bundle
         self.manifest = bundle.manifest
         self._tokenizer = _load_tokenizer(bundle.path("tokenizer"))
+        # Ids that are not text. Read once: a large tokenizer has thousands of added tokens.
+        self._hidden = special_ids(self._tokenizer) | set(self.manifest.stop_ids)
         template = _load_template(bundle)
         self._prompts = PromptBuilder(self._tokenizer, self.manifest.prompt, template)
         self._runtime: Runtime | None = Runtime(bundle, device=device, threads=threads)
@@ -171,7 +173,7 @@ class Engine:
         clock = StageClock()
         effective = resolve(sampling or Sampling(), self.manifest.sampling)
         sampler = make_sampler(effective)
-        text = TextStream(self._tokenizer, stop)
+        text = TextStream(self._tokenizer, stop, self._hidden)
         if not isinstance(max_tokens, int) or max_tokens < 1:
             raise InputError(f"max_tokens is {max_tokens!r}, it must be an integer of at least 1")
         pictures, prompt = self._prepare(conversation, system, image_tokens, raw, prompt_ids, clock)

@@ -236,6 +236,8 @@ def _check(manifest: Manifest) -> None:
         require(present == has_image, key, present, f"presence to follow 'image' in modalities ({has_image})")
     if manifest.image is not None:
         facts = manifest.image
+        mechanism = f"image:{facts.policy}"
+        require(mechanism in manifest.requires, "requires", manifest.requires, f"{mechanism!r} among them")
         require(facts.patch_size > 0 and facts.pool_size > 0, "image", facts, "positive patch and pool sizes")
         require(bool(facts.budgets) and min(facts.budgets) > 0, "image.budgets", facts.budgets, "positive budgets")
         require(

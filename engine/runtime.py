@@ -106,6 +106,7 @@ class Session:
         self._runtime = runtime
         self._state = DecoderState(runtime.decoder, runtime.manifest.state, runtime.manifest.context)
         self._wires = [name for name in runtime.decoder.inputs if name in runtime.embed.outputs]
+        self._binding = runtime.decoder.bind()
 
     @property
     def length(self) -> int:
@@ -168,7 +169,7 @@ class Session:
         """Run one chunk through the decoder; returns logits [len(wanted), V]. The state grows only if that succeeds."""
         total = self._state.length + len(ids)
         logits = np.empty((len(wanted), self._runtime.vocabulary), np.float32)
-        binding = self._runtime.decoder.bind()
+        binding = self._binding
         for name in self._wires:
             binding.bind_cpu_input(name, wires[name])
         binding.bind_cpu_input("seqlens_k", np.array([total - 1], np.int32))

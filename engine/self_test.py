@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,9 +33,8 @@ def formula_picture(height: int, width: int) -> np.ndarray:
     return np.stack(channels, axis=-1).astype(np.uint8)
 
 
-def record(folder: Path) -> dict[str, Any]:
-    """Run the bundle in `folder` and return the content of its self_test.json."""
-    bundle = Bundle.open(folder)
+def record(bundle: Bundle) -> dict[str, Any]:
+    """Run `bundle` where it was exported and return the content of its self_test.json."""
     runtime = Runtime(bundle, device="cpu" if bundle.manifest.target == "cpu" else "auto", prepack=False)
     return {"format": 1, "cases": [_record_case(runtime, case) for case in _cases(runtime)]}
 

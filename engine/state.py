@@ -31,6 +31,7 @@ class DecoderState:
         self._facts = {pair.input: decoder.inputs[pair.input] for pair in pairs}
         self._capacity = min(FIRST_CAPACITY, context)
         self._buffers = {pair.input: self._allocate(pair) for pair in pairs}
+        self._bound_to: onnxruntime.IOBinding | None = None
 
     @property
     def nbytes(self) -> int:
@@ -48,6 +49,7 @@ class DecoderState:
         while capacity < needed:
             capacity *= 2
         self._capacity = min(capacity, self.context)
+        self._bound_to = None
         for pair in self._pairs:
             if pair.kind == "global":
                 grown = self._allocate(pair)
@@ -55,16 +57,22 @@ class DecoderState:
                 self._buffers[pair.input] = grown
 
     def bind(self, binding: onnxruntime.IOBinding) -> None:
-        """Bind every buffer as the past and the present of its layer."""
+        """Bind every buffer as the past and the present of its layer, unless `binding` has these buffers already."""
+        if self._bound_to is binding:
+            return
         for pair in self._pairs:
             value = tensor(self._buffers[pair.input])
             binding.bind_ortvalue_input(pair.input, value)
             binding.bind_ortvalue_output(pair.output, value)
+        self._bound_to = binding
 
     def _allocate(self, pair: StatePair) -> np.ndarray:
         facts = self._facts[pair.input]
         shape = [size if isinstance(size, int) else self._capacity for size in facts.shape]
-        return np.zeros(shape, facts.dtype)
+        try:
+            return np.zeros(shape, facts.dtype)
+        except (MemoryError, ValueError):
+            raise BundleError(f"state {pair.input!r} of shape {shape} does not fit into memory") from None
 
 
 def check_state(decoder: Graph, pairs: Sequence[StatePair]) -> None:

@@ -124,9 +124,10 @@ def _write(
     files["weights"] = FileFact(path="weights.bin", size=data.path.stat().st_size, sha256=data.sha256)
     files |= {key: _file_fact(folder / file) for key, file in texts.items()}
     manifest = _manifest(checkpoint, family, config, options, facts, files, folder, name)
-    (folder / MANIFEST_NAME).write_text(write_manifest(manifest), encoding="utf-8")
     progress("self-test")
-    (folder / "self_test.json").write_text(_in_child(record_self_test, folder), encoding="utf-8")
+    # The manifest travels as text; its file is written last, so that a killed export leaves no siglance.json.
+    self_test = _in_child(record_self_test, folder, write_manifest(manifest))
+    (folder / "self_test.json").write_text(self_test, encoding="utf-8")
     (folder / "export.json").write_text(json.dumps(_provenance(checkpoint, options, summaries, facts), indent=1) + "\n")
     files |= {key: _file_fact(folder / f"{key}.json") for key in ("self_test", "export")}
     (folder / MANIFEST_NAME).write_text(write_manifest(dataclasses.replace(manifest, files=files)), encoding="utf-8")

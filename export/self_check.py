@@ -7,7 +7,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from ..engine.bundle import Bundle
 from ..engine.errors import ExportError
+from ..engine.manifest import read_manifest
 from ..engine.self_test import record
 
 __all__ = ["record_self_test", "tokenizer_ids"]
@@ -25,6 +27,6 @@ def tokenizer_ids(path: Path, tokens: tuple[str, ...]) -> dict[str, int]:
     return {token: identifier for token, identifier in found.items() if identifier is not None}
 
 
-def record_self_test(folder: Path) -> str:
-    """Run the bundle in `folder` on fixed inputs and return the text of its self_test.json."""
-    return json.dumps(record(folder), indent=1) + "\n"
+def record_self_test(folder: Path, manifest: str) -> str:
+    """Run the bundle in `folder`, whose manifest has this text, and return the text of its self_test.json."""
+    return json.dumps(record(Bundle(folder, read_manifest(manifest))), indent=1) + "\n"

@@ -141,7 +141,7 @@ def test_two_images_alone_and_together(seeing):
 
 def test_weights_are_stored_once(seeing):
     """Case 20: the tied embedding is one copy in the weights file, used by two graphs."""
-    weights, config = reference_model.load_checkpoint(seeing.checkpoint)
+    weights, _ = reference_model.load_checkpoint(seeing.checkpoint)
     table = np.float32(weights["model.language_model.embed_tokens.weight"]).tobytes()
     data = seeing.bundle.path("weights").read_bytes()
     assert data.count(table) == 1

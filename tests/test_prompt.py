@@ -6,6 +6,8 @@ private-use characters that the builder itself uses as stand-ins.
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -21,19 +23,10 @@ from .toy_tokenizer import GEMMA3_SPECIAL, GEMMA4_SPECIAL, LOCATIONS, toy_tokeni
 
 EXAMPLES = 500
 
-GEMMA3 = PromptFacts(
-    begin="<bos>",
-    image=PlaceholderFacts(
-        item="<start_of_image>",
-        before="\n\n<start_of_image>",
-        soft="<image_soft_token>",
-        after="<end_of_image>\n\n",
-    ),
-)
-GEMMA4 = PromptFacts(
-    begin="<bos>",
-    image=PlaceholderFacts(item="<|image|>", before="<|image>", soft="<|image|>", after="<image|>"),
-)
+BLOCK3 = {"before": "\n\n<start_of_image>", "soft": "<image_soft_token>", "after": "<end_of_image>\n\n"}
+GEMMA3 = PromptFacts(begin="<bos>", image=PlaceholderFacts(item="<start_of_image>", **BLOCK3))
+BLOCK4 = {"before": "<|image>", "soft": "<|image|>", "after": "<image|>"}
+GEMMA4 = PromptFacts(begin="<bos>", image=PlaceholderFacts(item="<|image|>", **BLOCK4))
 TEXT_ONLY = PromptFacts(begin="<bos>", image=None)
 # Raises on a system role, as the templates of Gemma 1 and 2 do.
 NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + (
@@ -48,6 +41,7 @@ CONTROL = {token.content: id for id, token in TOKENIZER.get_added_tokens_decoder
 SPELLINGS = (*GEMMA4_SPECIAL, *GEMMA3_SPECIAL, *LOCATIONS)
 
 
+@functools.cache
 def builder(facts: PromptFacts = GEMMA4, template: str | None = GEMMA4_TEMPLATE) -> PromptBuilder:
     return PromptBuilder(TOKENIZER, facts, None if template is None else ChatTemplate(template))
 
@@ -84,18 +78,14 @@ def check_laws(prompt: Prompt, media: list[Media], facts: PromptFacts) -> None:
 FRAGMENTS = [fragment for token in ("<bos>", "<|turn>", "<start_of_turn>") for fragment in (token[:3], token[3:])]
 HOSTILE = st.lists(
     st.sampled_from([*SPELLINGS, *FRAGMENTS, "\ue000", "\ue001", "\U000f0000", "<", "|", "\n\n", " ", "hello", "😀"]),
-    max_size=6,
+    max_size=5,
 ).map("".join)
-ORDINARY = st.lists(
-    st.sampled_from(
-        ["hello", " world", " the", "\n", "\n\n", "\n\n\n", " ", "  ", "<h3>", "a<b", "é", "😀", "你好", "\t"]
-    ),
-    max_size=6,
-).map("".join)
+ORDINARY_PIECES = ["hello", " world", " the", "\n", "\n\n", "\n\n\n", " ", "  ", "<h3>", "a<b", "é", "😀", "你好", "\t"]
+ORDINARY = st.lists(st.sampled_from(ORDINARY_PIECES), max_size=5).map("".join)
 
 
 def conversations(texts: st.SearchStrategy[str]) -> st.SearchStrategy[list[Message]]:
-    parts = st.lists(texts.map(Text) | st.integers(1, 4).map(image), max_size=4)
+    parts = st.lists(texts.map(Text) | st.integers(1, 4).map(image), max_size=3)
     answered = st.lists(st.tuples(parts, texts), max_size=2)
 
     @st.composite
@@ -236,9 +226,7 @@ ASK, REPLY, RULE = user("Q"), Message("assistant", "A"), Message("system", "S")
         ([ASK, user("R")], "[user]Q\n\nR[/]"),
         ([ASK, REPLY, Message("model", "B"), user("R")], "[user]Q[/][model]A\n\nB[/][user]R[/]"),
         ([ASK, Message("assistant", ""), user("R")], "[user]Q[/][model][/][user]R[/]"),
-        ([RULE, user(image(1), "Q")], "[user]S\n\nIMAGEQ[/]"),
         ([ASK, REPLY, user(image(1))], "[user]Q[/][model]A[/][user]IMAGE[/]"),
-        ([Message("user", "Q")], "[user]Q[/]"),
         ([user("Q", image(1)), user("R")], "[user]QIMAGER[/]"),
     ],
 )
@@ -262,6 +250,14 @@ def test_case_23_histories_of_a_model_without_system_role(name, messages, expect
 )
 def test_case_23_histories_of_a_model_with_system_role(messages, expected):
     assert builder().chat(messages).text == f"<bos>{expected}<|turn>model\n"
+
+
+def test_case_23_system_text_in_front_of_an_image():
+    """Where the template places it, two newlines come between; folded in, the expansion of the image sets it apart."""
+    block = "\n\n<start_of_image><image_soft_token><end_of_image>\n\nQ<end_of_turn>\n<start_of_turn>model\n"
+    messages = [RULE, user(image(1), "Q")]
+    assert BUILDERS["gemma3"].chat(messages).text == f"<bos><start_of_turn>user\nS\n\n{block}"
+    assert BUILDERS["no_system"].chat(messages).text == f"<bos><start_of_turn>user\nS{block}"
 
 
 @pytest.mark.parametrize(
@@ -294,12 +290,11 @@ def test_case_23_79_what_cannot_be_used_is_an_error_that_names_the_message(name,
 
 
 def test_the_first_refused_message_is_found_in_a_long_history():
-    template = (
-        "{% for m in messages %}{% if 'X' in m.content %}{{ raise_exception('no <X> here') }}{% endif %}{% endfor %}"
-    )
+    refusal = "{% if 'X' in m.content %}{{ raise_exception('no <X> here') }}{% endif %}"
+    template = f"{{% for m in messages %}}{refusal}{{% endfor %}}"
     history = [message for turn in range(9) for message in (user(f"q{turn}"), Message("assistant", f"a{turn}"))]
     history[12] = user("X")
-    with pytest.raises(PromptError, match="^message 12: the chat template refused the conversation: no <X> here$"):
+    with pytest.raises(PromptError, match=r"^message 12: the chat template refused the conversation: no <X> here$"):
         builder(template=template).chat([*history, user("end")])
 
 
@@ -319,7 +314,7 @@ def test_case_79_a_message_of_an_image_alone_is_fine():
         [user(image(2), "T1")],
         [user("T1", image(2))],
         [user("T1", image(3), image(3), "T2")],
-        [user("T1", image(1)), REPLY, user(image(4), "T2")],
+        [user("T1", image(1)), Message("assistant", [Text("A")]), user(image(4), "T2")],
     ],
 )
 @pytest.mark.parametrize("method", ["chat", "raw"])

@@ -81,8 +81,8 @@ def test_gemma3_window_ends_after_exactly_window_keys(load, layers: int, reach: 
 
 
 def test_gemma3_global_layer_sees_everything(load) -> None:
-    weights, config = load(tiny.write_gemma3, num_hidden_layers=1, sliding_window_pattern=1)
-    changed = rows_changed_by_first_token(lambda ids: reference.gemma3_text_logits(weights, config, ids), 30)
+    checkpoint = load(tiny.write_gemma3, num_hidden_layers=1, sliding_window_pattern=1)
+    changed = rows_changed_by_first_token(lambda ids: reference.gemma3_text_logits(*checkpoint, ids), 30)
     assert changed.tolist() == list(range(30))
 
 
@@ -149,19 +149,20 @@ def test_images_fill_their_places_in_order(gemma4) -> None:
     assert not np.allclose(reference.gemma4_text_logits(weights, config, ids, [soft[2:], soft[:2]]), whole)
 
 
+def per_layer_inputs(weights, config, ids: np.ndarray) -> np.ndarray:
+    x = np.random.default_rng(0).normal(size=(len(ids), config["text_config"]["hidden_size"]))
+    return reference.gemma4_per_layer_inputs(weights, config, ids, x)
+
+
 def test_per_layer_inputs_use_the_pad_id_at_soft_tokens(gemma4) -> None:
     weights, config = gemma4
     ids, rows = image_prompt(config, 6)
-    x = np.random.default_rng(0).normal(size=(len(ids), config["text_config"]["hidden_size"]))
     name = f"{GEMMA4_TEXT}.embed_tokens_per_layer.weight"
 
     def rows_changed(table_row: int) -> list[int]:
         table = weights[name].copy()
         table[table_row] += 1
-        before, after = (
-            reference.gemma4_per_layer_inputs(candidate, config, ids, x)
-            for candidate in (weights, weights | {name: table})
-        )
+        before, after = (per_layer_inputs(w, config, ids) for w in (weights, weights | {name: table}))
         return np.flatnonzero((before != after).any(axis=(1, 2))).tolist()
 
     assert rows_changed(config["text_config"]["pad_token_id"]) == list(range(rows.start, rows.stop))
@@ -171,10 +172,8 @@ def test_per_layer_inputs_use_the_pad_id_at_soft_tokens(gemma4) -> None:
 
 def test_per_layer_inputs_see_the_soft_tokens_themselves(gemma4) -> None:
     """The context part projects the embedding after the image has been put in, so equal ids give unequal rows."""
-    weights, config = gemma4
-    ids, rows = image_prompt(config, 6)
-    x = np.random.default_rng(0).normal(size=(len(ids), config["text_config"]["hidden_size"]))
-    inputs = reference.gemma4_per_layer_inputs(weights, config, ids, x)[rows]
+    ids, rows = image_prompt(gemma4[1], 6)
+    inputs = per_layer_inputs(*gemma4, ids)[rows]
     assert not np.allclose(inputs[0], inputs[1])
 
 
@@ -312,17 +311,14 @@ def test_soft_tokens_do_not_depend_on_the_order_of_patches(gemma4) -> None:
 
 def test_every_gemma3_tensor_matters(gemma3) -> None:
     weights, config = gemma3
-    assert (
-        unread_tensors(weights, "model", lambda changed: reference.gemma3_text_logits(changed, config, token_ids(12)))
-        == []
-    )
+    ids = token_ids(12)
+    assert unread_tensors(weights, "", lambda changed: reference.gemma3_text_logits(changed, config, ids)) == []
 
 
 def test_every_gemma4_text_tensor_matters(gemma4) -> None:
     weights, config = gemma4
-    unread = unread_tensors(
-        weights, GEMMA4_TEXT, lambda changed: reference.gemma4_text_logits(changed, config, token_ids(12))
-    )
+    ids = token_ids(12)
+    unread = unread_tensors(weights, GEMMA4_TEXT, lambda changed: reference.gemma4_text_logits(changed, config, ids))
     assert unread == [f"{GEMMA4_TEXT}.layers.6.layer_scalar"]  # the final norm removes the last one
 
 
