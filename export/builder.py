@@ -63,7 +63,10 @@ class WeightsFile:
         self._tensors[key] = tensor
         return tensor
 
-    def close(self) -> None:
+    def __enter__(self) -> WeightsFile:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
         self._file.close()
 
     def _write(self, data: bytes | memoryview) -> None:

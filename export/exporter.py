@@ -109,15 +109,14 @@ def _write(
     texts = _copy_texts(checkpoint, folder)
     progress("weights")
     weights = Weights(checkpoint, family.prefixes)
-    data = WeightsFile(folder / "weights.bin")
     summaries = {}
-    for graph_name, build in family.graphs(config).items():
-        progress(graph_name)
-        graph = GraphBuilder(graph_name, data)
-        build(graph, weights, config, options)
-        graph.save(folder / f"{graph_name}.onnx", name)
-        summaries[graph_name] = graph.summary()
-    data.close()
+    with WeightsFile(folder / "weights.bin") as data:
+        for graph_name, build in family.graphs(config).items():
+            progress(graph_name)
+            graph = GraphBuilder(graph_name, data)
+            build(graph, weights, config, options)
+            graph.save(folder / f"{graph_name}.onnx", name)
+            summaries[graph_name] = graph.summary()
     facts = family.finish(checkpoint, weights, config, options)
     weights.check_all_used()
     files = {graph_name: _file_fact(folder / f"{graph_name}.onnx") for graph_name in summaries}

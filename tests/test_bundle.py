@@ -1,0 +1,277 @@
+"""Bundles are untrusted input: a strict manifest, files that stay inside the folder, hashes that are checked."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from siglance.engine import bundle as bundle_module
+from siglance.engine.bundle import Bundle, find_bundle
+from siglance.engine.errors import BundleError, DeviceError, SiglanceError, UnsupportedBundle
+from siglance.engine.graph import resolve_device
+from siglance.engine.manifest import MANIFEST_NAME, read_manifest, write_manifest
+from siglance.engine.runtime import Runtime
+from siglance.engine.self_test import replay
+
+
+@pytest.fixture(scope="module")
+def original(tiny_model):
+    return tiny_model("gemma4")
+
+
+@pytest.fixture
+def copy(original, tmp_path):
+    """A copy of a bundle that a test may damage."""
+    folder = tmp_path / "bundle"
+    shutil.copytree(original.bundle.folder, folder)
+    return folder
+
+
+def edit(folder, change) -> None:
+    path = folder / MANIFEST_NAME
+    values = json.loads(path.read_text())
+    change(values)
+    path.write_text(json.dumps(values))
+
+
+# --- the manifest
+
+
+def test_writing_and_reading_is_the_identity(original):
+    manifest = original.bundle.manifest
+    assert read_manifest(write_manifest(manifest)) == manifest
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda values: values.update(colour="red"), "colour"),
+        (lambda values: values["image"].update(patchsize=1), "image.patchsize"),
+        (lambda values: values["files"]["decoder"].update(url="x"), "files.decoder.url"),
+        (lambda values: values["state"][0].update(size=1), "state[0].size"),
+        (lambda values: values.pop("context"), "context"),
+        (lambda values: values["prompt"].pop("begin"), "prompt.begin"),
+        (lambda values: values.update(context="many"), "context"),
+        (lambda values: values.update(context=True), "context"),
+        (lambda values: values.update(stop_ids=7), "stop_ids"),
+        (lambda values: values["sampling"].update(temperature="hot"), "sampling.temperature"),
+        (lambda values: values["image"].update(default_budget=71), "image.default_budget"),
+        (lambda values: values.update(target="tpu"), "target"),
+        (lambda values: values["files"].pop("decoder"), "files"),
+        (lambda values: values.update(modalities=["text"]), "image"),
+        (lambda values: values["image"].update(policy="squash"), "image:squash"),
+    ],
+)
+def test_a_wrong_manifest_is_refused_by_the_name_of_the_key(copy, change, named):
+    edit(copy, change)
+    with pytest.raises(BundleError) as error:
+        Bundle.open(copy)
+    assert named in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("version", [0, 2, "1", None])
+def test_another_format_is_not_supported(copy, version):
+    edit(copy, lambda values: values.update(format=version))
+    with pytest.raises(UnsupportedBundle, match="format"):
+        Bundle.open(copy)
+
+
+def test_an_unknown_mechanism_is_refused_by_name(copy):
+    edit(copy, lambda values: values["requires"].append("state:ring"))
+    with pytest.raises(UnsupportedBundle, match="'state:ring'"):
+        Bundle.open(copy)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", "null", '{"format": 1}', "[" * 100_000])
+def test_text_that_is_no_manifest(text):
+    with pytest.raises(BundleError):
+        read_manifest(text)
+
+
+def test_a_manifest_of_megabytes_is_not_read(copy):
+    (copy / MANIFEST_NAME).write_text(" " * (2 << 20))
+    with pytest.raises(BundleError, match="at most"):
+        Bundle.open(copy)
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@settings(max_examples=500, deadline=None)
+@given(data=st.data())
+def test_any_replaced_value_is_read_or_refused(original, data):
+    """No other exception, whatever stands where."""
+    values = json.loads(write_manifest(original.bundle.manifest))
+    where = values
+    while True:
+        key = data.draw(st.sampled_from(sorted(where) if isinstance(where, dict) else range(len(where))))
+        inner = where[key]
+        if not isinstance(inner, (dict, list)) or not inner or data.draw(st.booleans()):
+            break
+        where = inner
+    where[key] = data.draw(json_values)
+    try:
+        read_manifest(json.dumps(values))
+    except BundleError:
+        return
+
+
+# --- files
+
+
+def test_names_are_found_in_the_cache_and_nowhere_else(copy, tmp_path, monkeypatch):
+    monkeypatch.setenv("SIGLANCE_HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    copy.rename(tmp_path / "home" / "mine")
+    assert find_bundle("mine") == tmp_path / "home" / "mine"
+    for name in ("other", "../bundle", "", ".", "..", "mine/x"):
+        with pytest.raises(BundleError, match="no bundle"):
+            find_bundle(name)
+
+
+@pytest.mark.parametrize("path", ["../weights.bin", "/etc/hostname", "sub/weights.bin", "..", "", "a\\b"])
+def test_paths_stay_inside_the_folder(copy, path):
+    edit(copy, lambda values: values["files"]["weights"].update(path=path))
+    with pytest.raises(BundleError, match=r"files\.weights"):
+        Bundle.open(copy)
+
+
+def test_a_link_is_not_followed(copy, tmp_path):
+    (copy / "weights.bin").rename(tmp_path / "elsewhere")
+    (copy / "weights.bin").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(BundleError, match="regular file"):
+        Bundle.open(copy)
+
+
+@pytest.mark.parametrize("key", ["vision", "embed", "decoder", "weights", "tokenizer", "chat_template", "self_test"])
+def test_a_changed_byte_is_found(copy, original, key):
+    path = copy / original.bundle.manifest.files[key].path
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(BundleError, match=rf"files\.{key}.*SHA-256"):
+        Bundle.open(copy)
+
+
+def test_a_file_cut_short_names_both_sizes(copy):
+    path = copy / "weights.bin"
+    size = path.stat().st_size
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(BundleError, match=rf"{size - 100} bytes, the manifest says {size}"):
+        Bundle.open(copy)
+
+
+@pytest.mark.parametrize("key", ["vision", "weights"])
+def test_a_missing_file_is_named(copy, original, key):
+    (copy / original.bundle.manifest.files[key].path).unlink()
+    with pytest.raises(BundleError, match=rf"files\.{key}.*missing"):
+        Bundle.open(copy)
+
+
+def test_large_files_are_hashed_once_until_they_change(copy, monkeypatch, tmp_path):
+    monkeypatch.setenv("SIGLANCE_HOME", str(tmp_path / "home"))
+    hashed = []
+
+    def counting(file, algorithm):
+        hashed.append(file.name)
+        return hashlib.new(algorithm, file.read())
+
+    monkeypatch.setattr(bundle_module.hashlib, "file_digest", counting)
+    weights = str(copy / "weights.bin")
+    Bundle.open(copy)
+    Bundle.open(copy)
+    assert hashed.count(weights) == 1
+    data = bytearray((copy / "weights.bin").read_bytes())
+    data[-1] ^= 1
+    (copy / "weights.bin").write_bytes(data)
+    with pytest.raises(BundleError, match="SHA-256"):
+        Bundle.open(copy)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", '{"x": 1}'])
+def test_a_damaged_stamp_file_only_costs_time(copy, monkeypatch, tmp_path, content):
+    monkeypatch.setenv("SIGLANCE_HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "verified.json").write_text(content)
+    Bundle.open(copy)
+
+
+# --- graphs
+
+
+def test_the_engine_does_not_read_family_and_name(copy, original):
+    edit(copy, lambda values: values.update(family="nonsense", name="Ωmega / 7"))
+    ids = np.arange(100, 120)
+    found = Runtime(Bundle.open(copy)).session().prefill(ids)
+    np.testing.assert_array_equal(found, original.runtime.session().prefill(ids))
+
+
+def test_odd_folder_names_and_relative_paths(copy, tmp_path, monkeypatch):
+    odd = tmp_path / "with space äöü 像"
+    copy.rename(odd)
+    monkeypatch.chdir(tmp_path)
+    opened = Bundle.open(odd.name)
+    assert replay(opened, Runtime(opened)).result == "equal"
+
+
+def test_a_decoder_input_without_a_source_is_named(copy, original):
+    """An embed graph that lacks an output the decoder wants."""
+    manifest = original.bundle.manifest
+    swapped = {**manifest.files, "embed": manifest.files["vision"]}
+    with pytest.raises(BundleError, match="inputs_embeds"):
+        Runtime(Bundle(original.bundle.folder, dataclasses.replace(manifest, files=swapped)))
+
+
+def test_state_that_the_graph_does_not_have_is_named(original):
+    pair = dataclasses.replace(original.bundle.manifest.state[0], input="past.99.key")
+    manifest = dataclasses.replace(original.bundle.manifest, state=(pair, *original.bundle.manifest.state[1:]))
+    with pytest.raises(BundleError, match=r"past\.99\.key"):
+        Runtime(Bundle(original.bundle.folder, manifest))
+
+
+def test_external_data_outside_the_folder_is_refused(copy, original, tmp_path):
+    """Case 57: the location inside the graph file is as untrusted as the manifest."""
+    import onnx
+
+    path = copy / "decoder.onnx"
+    model = onnx.load(path, load_external_data=False)
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = "../outside.bin"
+    path.write_bytes(model.SerializeToString())
+    shutil.copy(copy / "weights.bin", tmp_path / "outside.bin")
+    manifest = original.bundle.manifest
+    with pytest.raises(BundleError, match=r"decoder\.onnx cannot be loaded"):
+        Runtime(Bundle(copy, manifest))
+
+
+def test_a_device_that_is_not_there_is_an_error(original):
+    """Case 56: no silent fallback."""
+    for device, reason in (
+        ("cuda", "onnxruntime"),
+        ("cuda:1", "onnxruntime"),
+        ("tpu", "unknown"),
+        ("cuda:x", "unknown"),
+    ):
+        with pytest.raises(DeviceError, match=reason):
+            Runtime(original.bundle, device=device)
+    assert str(resolve_device("auto", "cpu")) == "cpu"
+    assert original.runtime.providers["decoder"][0] == "CPUExecutionProvider"
+
+
+def test_every_error_is_one_of_ours():
+    assert issubclass(BundleError, SiglanceError)
+    assert issubclass(UnsupportedBundle, BundleError)
