@@ -35,14 +35,14 @@ def find_bundle(name: str | os.PathLike[str]) -> Path:
     Raises BundleError naming the places that were tried.
     """
     path = Path(name)
-    if (path / MANIFEST_NAME).is_file():
+    if os.path.isfile(path / MANIFEST_NAME):  # unlike Path.is_file, false for whatever cannot be a path
         return path
     tried = [str(path)]
     if isinstance(name, str) and name and path.name == name and name not in (".", ".."):
         if name == "demo":
             return demo_folder()
         cached = cache_folder() / name
-        if (cached / MANIFEST_NAME).is_file():
+        if os.path.isfile(cached / MANIFEST_NAME):
             return cached
         tried.append(str(cached))
     raise BundleError(f"no bundle {str(name)!r}: no {MANIFEST_NAME} in {' or '.join(tried)}")
@@ -85,7 +85,7 @@ def _check_file(folder: Path, key: str, fact: FileFact, stamps: _Stamps) -> None
     if not fact.path or Path(fact.path).name != fact.path or "\\" in fact.path or fact.path in (".", ".."):
         raise BundleError(f"files.{key}: path {fact.path!r} must be a plain file name")
     path = folder / fact.path
-    if not path.is_file() or path.is_symlink():
+    if not os.path.isfile(path) or path.is_symlink():
         raise BundleError(f"files.{key}: {path} is missing or not a regular file")
     size = path.stat().st_size
     if size != fact.size:

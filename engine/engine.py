@@ -174,13 +174,14 @@ class Engine:
         effective = resolve(sampling or Sampling(), self.manifest.sampling)
         sampler = make_sampler(effective)
         text = TextStream(self._tokenizer, stop, self._hidden)
-        if not isinstance(max_tokens, int) or max_tokens < 1:
-            raise InputError(f"max_tokens is {max_tokens!r}, it must be an integer of at least 1")
+        _check_positive("max_tokens", max_tokens)
+        _check_positive("prefill_chunk", prefill_chunk)
         pictures, prompt = self._prepare(conversation, system, image_tokens, raw, prompt_ids, clock)
         session = self.runtime.session()
         logits = self._prefill(session, prompt, pictures, prefill_chunk, clock)
         ids: list[int] = []
         pieces: list[str] = []
+        given = 0  # ids that have been given out
         finish = "length"
         while True:
             token = sampler(logits)
@@ -192,7 +193,8 @@ class Engine:
             piece = text.push(token)
             pieces.append(piece)
             if piece:
-                yield Chunk(piece, (token,))
+                yield Chunk(piece, tuple(ids[given:]))
+                given = len(ids)
             if text.stopped:
                 finish = "stop_text"
                 break
@@ -203,11 +205,12 @@ class Engine:
                 break
             with self._turn:
                 logits = session.step(token)
-        pieces.append(text.finish())
         drawn = len(ids) + (finish == "stop_id")
-        yield Chunk(
-            pieces[-1], (), self._reply("".join(pieces), ids, prompt, pictures, finish, effective, clock, drawn)
-        )
+        pieces.append(text.finish())
+        if text.stopped:  # also where the end decides between stop strings
+            finish = "stop_text"
+        reply = self._reply("".join(pieces), ids, prompt, pictures, finish, effective, clock, drawn)
+        yield Chunk(pieces[-1], tuple(ids[given:]), reply)
 
     def encode(self, image: ImageInput, *, image_tokens: int | None = None) -> EncodedImage:
         """Run the vision tower once, to ask many questions about one picture."""
@@ -383,6 +386,11 @@ class Engine:
                 f"{name}: this bundle has no vision input (modalities: {', '.join(self.manifest.modalities)})"
             )
         return self.manifest.image
+
+
+def _check_positive(name: str, value: object) -> None:
+    if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < 1:
+        raise InputError(f"{name} is {value!r}, it must be an integer of at least 1")
 
 
 def _by_modality(prompt: Prompt) -> dict[str, int]:

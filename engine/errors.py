@@ -66,6 +66,10 @@ class ContextFull(InputError):
         self.prompt_tokens = prompt_tokens
         self.context = context
 
+    def __reduce__(self):
+        """Errors cross process boundaries pickled, and the default would call the class with the message."""
+        return type(self), (self.prompt_tokens, self.context)
+
 
 class DeviceError(SiglanceError):
     """The device that was asked for cannot be used."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 import types
 import typing
 from dataclasses import dataclass
@@ -34,6 +35,9 @@ __all__ = [
 
 FORMAT = 1
 MANIFEST_NAME = "siglance.json"
+
+# Graphs ("vision" only with images), then the rest; without a "chat_template" it is a base model, always raw.
+FILES = ("vision", "embed", "decoder", "weights", "tokenizer", "chat_template", "self_test", "export")
 
 # What this engine can do. A bundle lists what it needs in `requires`; anything else is refused by name.
 MECHANISMS: frozenset[str] = frozenset(
@@ -127,9 +131,7 @@ class Manifest:
     modalities: tuple[str, ...]  # "text", "image"
     context: int  # tokens, prompt and reply together
     stop_ids: tuple[int, ...]
-    # graphs: "vision" (only with images), "embed", "decoder"; also "weights", "tokenizer", "self_test", "export" and
-    # "chat_template" (absent: a base model, always raw)
-    files: dict[str, FileFact]
+    files: dict[str, FileFact]  # keys are among FILES
     image: ImageFacts | None
     prompt: PromptFacts
     reply: ReplyFacts
@@ -144,8 +146,8 @@ def read_manifest(text: str) -> Manifest:
     for a format or a mechanism this engine does not know.
     """
     try:
-        raw = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+        raw = json.loads(text, object_pairs_hook=_unique_keys)
+    except (ValueError, RecursionError) as error:  # ValueError also for an integer of thousands of digits
         raise BundleError(f"{MANIFEST_NAME} is not JSON: {error}") from None
     if not isinstance(raw, dict):
         raise BundleError(f"{MANIFEST_NAME} must be a JSON object, not {type(raw).__name__}")
@@ -169,6 +171,14 @@ def write_manifest(manifest: Manifest) -> str:
     return json.dumps(dataclasses.asdict(manifest), indent=1, ensure_ascii=False) + "\n"
 
 
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} occurs twice in one object")
+    return values
+
+
 def _build(kind: Any, value: Any, where: str) -> Any:
     """Convert parsed JSON to `kind`, which is a dataclass, a container of one, or a scalar type."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
@@ -186,7 +196,7 @@ def _build(kind: Any, value: Any, where: str) -> Any:
         if not isinstance(value, dict):
             raise BundleError(f"{MANIFEST_NAME}: '{where}' must be an object, not {type(value).__name__}")
         return {key: _build(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
-    if kind is float and type(value) is int:
+    if kind is float and type(value) is int and abs(value) < 2**53:
         return float(value)
     if type(value) is not kind:
         raise BundleError(f"{MANIFEST_NAME}: '{where}' must be of type {kind.__name__}, not {type(value).__name__}")
@@ -216,6 +226,8 @@ def _check(manifest: Manifest) -> None:
 
     require(manifest.target in ("cpu", "cuda"), "target", manifest.target, "'cpu' or 'cuda'")
     require(manifest.context > 0, "context", manifest.context, "a positive number of tokens")
+    for name in manifest.files:
+        require(name in FILES, "files", name, f"one of {', '.join(FILES)}")
     for name in ("embed", "decoder", "tokenizer"):
         require(name in manifest.files, "files", sorted(manifest.files), f"an entry '{name}'")
     require(
@@ -226,7 +238,16 @@ def _check(manifest: Manifest) -> None:
     )
     for index, pair in enumerate(manifest.state):
         require(pair.kind in ("global", "window"), f"state[{index}].kind", pair.kind, "'global' or 'window'")
-    require("text" in manifest.modalities, "modalities", manifest.modalities, "at least 'text'")
+    known = "text" in manifest.modalities and set(manifest.modalities) <= {"text", "image"}
+    require(known, "modalities", manifest.modalities, "'text', or 'text' and 'image'")
+    sampling = manifest.sampling
+    for key, value, highest in (
+        ("temperature", sampling.temperature, sys.float_info.max),
+        ("top_k", sampling.top_k, 2**31),
+        ("top_p", sampling.top_p, 1),
+        ("min_p", sampling.min_p, 1),
+    ):
+        require(value is None or 0 <= value <= highest, f"sampling.{key}", value, f"a number from 0 to {highest:g}")
     has_image = "image" in manifest.modalities
     for key, present in (
         ("image", manifest.image is not None),

@@ -87,7 +87,10 @@ class Reply:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A piece of a stream: text that is certain, and the ids it came from. The last one carries the whole `reply`."""
+    """A piece of a stream: text that has become certain, and the ids drawn since the piece before.
+
+    The last one carries the whole `reply`; the pieces joined are its text and its ids.
+    """
 
     text: str
     token_ids: tuple[int, ...] = ()

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from .bundle import Bundle
-from .errors import BundleError
+from .errors import BundleError, ModelOutputError
 from .image_policy import POLICIES
 from .runtime import Runtime, SoftTokens
 
@@ -66,7 +66,7 @@ def replay(bundle: Bundle, runtime: Runtime) -> VerifyReport:
         cases = tuple(_replay_case(runtime, case) for case in stored["cases"])
         if stored["format"] != 1 or not cases:
             raise ValueError("no cases of format 1")
-    except (KeyError, TypeError, ValueError, OSError) as error:
+    except (LookupError, TypeError, ValueError, OSError, MemoryError) as error:
         raise BundleError(f"self_test.json cannot be used: {type(error).__name__}: {error}") from None
     difference = max(case.max_logit_difference for case in cases)
     agreement = min(case.argmax_agreement for case in cases)
@@ -102,6 +102,8 @@ def _replay_case(runtime: Runtime, case: dict[str, Any]) -> CaseResult:
     difference, agreed, low, high = 0.0, 0, np.inf, -np.inf
     for logits, step in zip(_run(runtime, case, case["steps"]), case["steps"], strict=True):
         expected = np.array(step["logits"], np.float64)
+        if not np.isfinite(expected).all():  # a comparison with NaN would find no difference
+            raise ValueError("logits that are not finite")
         difference = max(difference, float(np.abs(logits[np.array(step["ids"])] - expected).max()))
         agreed += int(np.argmax(logits)) == step["next"]
         low, high = min(low, expected.min()), max(high, expected.max())
@@ -124,6 +126,8 @@ def _run(runtime: Runtime, case: dict[str, Any], stored: list[dict[str, Any]] | 
     session = runtime.session()
     logits = session.prefill(ids, soft)
     for index in range(_STEPS):
+        if not np.isfinite(logits).all():
+            raise ModelOutputError(f"self-test {case['name']!r}: the logits of step {index} are not finite")
         yield logits
         if index < _STEPS - 1:
             logits = session.step(stored[index]["next"] if stored else int(np.argmax(logits)))

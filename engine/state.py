@@ -82,7 +82,8 @@ def check_state(decoder: Graph, pairs: Sequence[StatePair]) -> None:
         if facts is None or out is None:
             missing = pair.input if facts is None else pair.output
             raise BundleError(f"the decoder graph has no tensor {missing!r}, which the manifest lists as state")
-        if facts.dtype != out.dtype or len(facts.shape) != 4:
+        fixed = [isinstance(size, int) for size in facts.shape]
+        if facts.dtype != out.dtype or fixed[:2] + fixed[3:] != [True, True, True]:
             raise BundleError(f"state {pair.input!r} must be [1, heads, capacity, head size] like {pair.output!r}")
         if isinstance(facts.shape[2], int) != (pair.kind == "window"):
             raise BundleError(

@@ -36,7 +36,7 @@ class TextStream:
 
     `stop` are strings that end the text just before them; of several matches in the text the earliest start counts.
     `hidden_ids` are ids that are not text (None: all special tokens); they do not interrupt a run of byte tokens.
-    Raises PromptError for an empty stop string.
+    Raises PromptError for an empty stop string, or for anything but strings.
 
     Law: for any ids, the joined results of `push` and `finish` equal the text of the reply as defined above. What is
     held back between calls is the current run of byte tokens and the tail that is a proper prefix of a stop string.
@@ -152,6 +152,8 @@ class _StopMatcher:
     """
 
     def __init__(self, stop: Sequence[str]):
+        if not isinstance(stop, Sequence):
+            raise PromptError(f"stop is {stop!r}, expected a string or a list of strings")
         for index, string in enumerate(stop):
             if not isinstance(string, str) or not string:
                 raise PromptError(f"stop string {index} is {string!r}, expected text that is not empty")

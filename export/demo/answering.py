@@ -1,12 +1,19 @@
-"""Greedy answers of the PyTorch demo model, many at once: used to follow the training."""
+"""Greedy answers of the PyTorch demo model, many at once: used to follow the training.
 
+`python -m siglance.export.demo.answering CHECKPOINT [COUNT]` prints the scores of a checkpoint as text and as JSON.
+"""
+
+import sys
 from collections import defaultdict
+from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from .architecture import POOL, TEXT_CONFIG
+from .architecture import BUDGETS, POOL, TEXT_CONFIG
+from .checkpoint import load
+from .evaluate import Report, questions, score
 from .images import patches
 from .model import DemoModel
 from .packing import TURN_END, full_masks
@@ -58,3 +65,19 @@ def _greedy(model: DemoModel, pixels: Tensor, grid: tuple[int, int], ids: Tensor
         done |= out[-1] == end
     rows = torch.cat(out, 1).tolist()
     return [shared().decode(row[: row.index(end)] if end in row else row, skip_special_tokens=False) for row in rows]
+
+
+def score_model(model: DemoModel, scenes: int, budgets: tuple[int, ...] = BUDGETS) -> Report:
+    """`evaluate.evaluate` with the PyTorch model, in batches."""
+    asked = questions(scenes, budgets)
+    return score(asked, answer_all(model, [(each.scene.image, each.text, each.budget) for each in asked]))
+
+
+def main() -> None:
+    count = int(sys.argv[2]) if len(sys.argv) > 2 else 500
+    report = score_model(load(Path(sys.argv[1])), count)
+    print(report, report.to_json(), sep="\n\n")
+
+
+if __name__ == "__main__":
+    main()

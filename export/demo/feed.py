@@ -6,8 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
-
 from .scenes import generator, scene
 
 # How often a scene is looked at with each budget: mostly small ones, which cost least.
@@ -53,8 +51,3 @@ def background(first_scene: int) -> Iterator[Iterator[tuple[int, Any]]]:
         yield iter(lambda: pickle.loads(queue.get()), None)
     finally:
         worker.terminate()
-
-
-def validation_generator() -> np.random.Generator:
-    """For choices made while scoring; apart from both splits of scenes."""
-    return np.random.default_rng([2, 0])

@@ -165,7 +165,7 @@ def _place_sign(rng: np.random.Generator, width: int, height: int) -> Sign:
 
 
 @lru_cache(maxsize=64)
-def _font(pixels: int) -> ImageFont.FreeTypeFont:
+def _font(pixels: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(pixels)
 
 

@@ -146,7 +146,9 @@ def encode(text: str) -> list[int]:
 
 def first_coordinate_id() -> int:
     """Id of "0"; the other coordinates follow in order."""
-    return shared().token_to_id(COORDINATES[0])
+    first = shared().token_to_id(COORDINATES[0])
+    assert first is not None
+    return first
 
 
 def prompt_parts(question: str, soft_tokens: int) -> tuple[str, str]:

@@ -6,6 +6,8 @@ answer. An average of the weights over the last steps is what is scored and kept
 
 import argparse
 import json
+import signal
+import sys
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,10 +15,11 @@ from pathlib import Path
 import torch
 
 from . import architecture, checkpoint, feed
-from .answering import answer_all
-from .evaluate import Report, questions, score
+from .answering import score_model
+from .evaluate import Report
 from .learning import Hints, losses, neighbour_smoothing, optimisers
 from .model import DemoModel
+from .packing import Batch
 
 _STAGE_BREAK = 0.2  # share of the time for the vision tower alone
 _WARM_UP_STEPS = 60
@@ -48,7 +51,7 @@ class Run:
         self.optimisers = optimisers(self.model, self.hints)
         self.smoothing, self.progress = neighbour_smoothing(), Progress()
 
-    def step(self, batch: object, elapsed: float) -> None:
+    def step(self, batch: Batch, elapsed: float) -> None:
         """One update at `elapsed` seconds of training."""
         progress = self.progress
         share = min(1.0, elapsed / self.budget_seconds)
@@ -99,12 +102,6 @@ class Run:
             self.progress.best = total
             checkpoint.write(self.out / "best", self.average)
         return report
-
-
-def score_model(model: DemoModel, scenes: int, budgets: tuple[int, ...] = architecture.BUDGETS) -> Report:
-    """`evaluate.evaluate` with the PyTorch model, in batches."""
-    asked = questions(scenes, budgets)
-    return score(asked, answer_all(model, [(each.scene.image, each.text, each.budget) for each in asked]))
 
 
 def train(out: Path, hours: float, resume: bool, every_minutes: float) -> None:
@@ -160,6 +157,7 @@ def main() -> None:
     parser.add_argument("--every-minutes", type=float, default=8.0, help="time between two scorings")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an orderly end, so that the background process ends too
     train(options.out, options.hours, options.resume, options.every_minutes)
 
 

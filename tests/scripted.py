@@ -1,0 +1,81 @@
+"""An engine whose model says what a test tells it to: everything is real but the graphs."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import numpy as np
+
+from siglance.engine import Engine
+from siglance.engine.runtime import SoftTokens
+
+__all__ = ["ScriptedRuntime", "scripted"]
+
+
+class ScriptedRuntime:
+    """Stands in for `Runtime`: the decoder's runs give the ids of `script`, the first one as the prefill of a prompt.
+
+    After its end the script repeats its last id. `rows` replaces the logits of single runs (0 is the prefill), and
+    `errors` raises instead. Counts runs, and keeps what the last prefill was given.
+    """
+
+    def __init__(
+        self,
+        real,
+        script: Sequence[int],
+        *,
+        rows: dict[int, np.ndarray] | None = None,
+        errors: dict[int, Exception] | None = None,
+    ):
+        self.vocabulary, self.device, self.providers = real.vocabulary, real.device, real.providers
+        self.script, self.rows, self.errors = script, rows or {}, errors or {}
+        self.prefills = self.steps = self.encodes = 0
+        self.ids: list[int] = []
+        self.soft: list[SoftTokens] = []
+        self._hidden = real.hidden
+
+    def encode(self, patches: np.ndarray, positions: np.ndarray, soft_tokens: int) -> np.ndarray:
+        """Soft tokens that all hold the mean of the picture, so that pictures can be told apart."""
+        self.encodes += 1
+        return np.full((soft_tokens, self._hidden), patches.mean(), np.float32)
+
+    def session(self) -> _ScriptedSession:
+        return _ScriptedSession(self)
+
+    def logits(self, run: int) -> np.ndarray:
+        """One hot: the id of the script at `run`."""
+        if run in self.errors:
+            raise self.errors[run]
+        if run in self.rows:
+            return self.rows[run]
+        logits = np.zeros(self.vocabulary, np.float32)
+        logits[self.script[min(run, len(self.script) - 1)]] = 100.0
+        return logits
+
+
+class _ScriptedSession:
+    def __init__(self, runtime: ScriptedRuntime):
+        self.length = self.run = 0
+        self._runtime = runtime
+
+    def prefill(self, ids: np.ndarray, soft: Sequence[SoftTokens] = (), *, chunk: int = 1) -> np.ndarray:
+        runtime = self._runtime
+        runtime.prefills += 1
+        runtime.ids, runtime.soft = ids.tolist(), list(soft)
+        self.length = len(ids)
+        return runtime.logits(0)
+
+    def step(self, token: int) -> np.ndarray:
+        self._runtime.steps += 1
+        self.length += 1
+        self.run += 1
+        return self._runtime.logits(self.run)
+
+
+def scripted(engine: Engine, script: Sequence[int], **faults: dict) -> tuple[Engine, ScriptedRuntime]:
+    """A copy of `engine` that runs `script`, and its runtime to look into."""
+    runtime = ScriptedRuntime(engine.runtime, script, **faults)
+    double = copy.copy(engine)
+    double._runtime = runtime  # pyright: ignore[reportAttributeAccessIssue]
+    return double, runtime
