@@ -93,14 +93,18 @@ class Engine:
         self.close()
 
     def close(self) -> None:
-        """Free the graphs. The engine cannot be used afterwards."""
+        """Free the graphs. The engine cannot be used afterwards; a stream that is not at its end fails."""
         self._runtime = None
 
     @property
     def runtime(self) -> Runtime:
+        self._require_open()
+        assert self._runtime is not None
+        return self._runtime
+
+    def _require_open(self) -> None:
         if self._runtime is None:
             raise InputError("this engine is closed")
-        return self._runtime
 
     # --- what callers use
 
@@ -204,6 +208,7 @@ class Engine:
                 finish = "context"
                 break
             with self._turn:
+                self._require_open()
                 logits = session.step(token)
         drawn = len(ids) + (finish == "stop_id")
         pieces.append(text.finish())
@@ -307,14 +312,9 @@ class Engine:
             if part.bundle != self._identity:
                 raise InputError(f"{name} was encoded by another bundle")
             return _Picture(None, None, part)
-        source = part.source
-        shown = (
-            f"{name} ({Path(source).name})"
-            if isinstance(source, (str, os.PathLike)) and len(str(source)) < 256
-            else name
-        )
+        shown = f"{name} ({part.file_name})" if part.file_name else name
         with clock.stage("decode_file"):
-            pixels = load_image(source, name=shown)
+            pixels = load_image(part.source, name=shown)
         budget = image_tokens if part.tokens is None else part.tokens
         try:
             layout = POLICIES[facts.policy].layout(pixels.shape[0], pixels.shape[1], facts, budget)

@@ -62,7 +62,7 @@ def resize(pixels: npt.NDArray[np.uint8], height: int, width: int, resample: str
 def _aspect_patches(height: int, width: int, facts: ImageFacts, budget: int | None) -> Layout:
     """Fill a token budget and keep the aspect ratio (Gemma 4); see `geometry.aspect_patches_size`."""
     budget = facts.default_budget if budget is None else budget
-    if budget not in facts.budgets:
+    if not isinstance(budget, (int, np.integer)) or budget not in facts.budgets:  # 70.0 equals 70
         allowed = ", ".join(map(str, facts.budgets))
         raise ImageError(f"an image budget of {budget} soft tokens is not possible, this bundle allows {allowed}")
     try:

@@ -18,6 +18,7 @@ from typing import Any
 from .errors import BundleError, UnsupportedBundle
 
 __all__ = [
+    "FILES",
     "FORMAT",
     "MANIFEST_NAME",
     "MECHANISMS",

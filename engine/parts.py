@@ -20,7 +20,8 @@ __all__ = ["Conversation", "Image", "ImageInput", "PartLike", "Turn", "turns_of"
 
 # A text that is one line ending in one of these is taken for the path of a picture; `Text(...)` says that it is not.
 _PICTURE_NAME = re.compile(r"[^\n]*\.(png|jpe?g|webp|gif|bmp|tiff?|ppm|ico|avif)", re.IGNORECASE)
-_DATA_URI = re.compile(r"data:image/", re.IGNORECASE)
+_DATA_URI = re.compile(r"\s*data:", re.IGNORECASE)
+_IMAGE_URI = re.compile(r"data:image/", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -29,6 +30,13 @@ class Image:
 
     source: ImageSource
     tokens: int | None = None
+
+    @property
+    def file_name(self) -> str:
+        """What to call the picture in messages: the name of its file, "" for a picture that is none."""
+        if not isinstance(self.source, (str, os.PathLike)) or _DATA_URI.match(str(self.source)):
+            return ""
+        return os.path.basename(os.fsdecode(self.source))[-100:]
 
 
 ImageInput = Image | ImageSource | EncodedImage
@@ -74,7 +82,7 @@ def _normal_part(part: Any, index: int) -> NormalPart:
     if isinstance(part, (Text, Image, EncodedImage)):
         return part
     if isinstance(part, str):
-        return Image(part) if _PICTURE_NAME.fullmatch(part) or _DATA_URI.match(part) else Text(part)
+        return Image(part) if _PICTURE_NAME.fullmatch(part) or _IMAGE_URI.match(part) else Text(part)
     if isinstance(part, (os.PathLike, bytes, bytearray, memoryview, PIL.Image.Image, np.ndarray)) or hasattr(
         part, "read"
     ):

@@ -13,7 +13,8 @@ import numpy as np
 
 from .bundle import Bundle
 from .errors import BundleError, InputError, ModelOutputError, PromptError
-from .graph import Device, Graph, resolve_device, tensor
+from .graph import Device, Graph, TensorFacts, resolve_device, tensor
+from .manifest import ImageFacts
 from .state import DecoderState, check_state
 
 __all__ = ["PREFILL_CHUNK", "Runtime", "Session", "SoftTokens"]
@@ -41,7 +42,8 @@ class Runtime:
         self.manifest = bundle.manifest
         self.device: Device = resolve_device(device, bundle.manifest.target)
         graphs = {
-            name: Graph(bundle.path(name), self.device, threads=threads, prepack=prepack)
+            # Looking up rows is no work for several threads, and idle ones would spin beside the decoder's.
+            name: Graph(bundle.path(name), self.device, threads=1 if name == "embed" else threads, prepack=prepack)
             for name in ("embed", "decoder", "vision")
             if name in bundle.manifest.files
         }
@@ -79,7 +81,7 @@ class Runtime:
         state_inputs = {pair.input for pair in self.manifest.state}
         for graph, outputs in ((embed, ("inputs_embeds",)), (decoder, ("logits",))):
             for name in outputs:
-                if name not in graph.outputs or not isinstance(graph.outputs[name].shape[-1], int):
+                if name not in graph.outputs or not _has_width(graph.outputs[name]):
                     raise BundleError(f"graph {graph.name!r} has no output {name!r} of known width")
         check_state(decoder, self.manifest.state)
         for name, facts in decoder.inputs.items():
@@ -88,15 +90,32 @@ class Runtime:
             source = embed.outputs.get(name)
             if source is None:
                 raise BundleError(f"decoder input {name!r} has no source: neither a graph nor the engine makes it")
-            if source.dtype != facts.dtype or source.shape[-1] != facts.shape[-1]:
+            if source.dtype != facts.dtype or source.shape[-1:] != facts.shape[-1:]:
                 raise BundleError(f"decoder input {name!r} is {facts}, the embed graph makes {source}")
         missing = [name for name in _MADE_BY_ENGINE if name not in decoder.inputs]
         if missing:
             raise BundleError(f"the decoder graph does not declare {', '.join(missing)}")
-        if self.vision is not None:
-            shape = self.vision.outputs["soft_tokens"].shape if "soft_tokens" in self.vision.outputs else ()
-            if not shape or shape[-1] != embed.outputs["inputs_embeds"].shape[-1]:
-                raise BundleError("the vision graph has no output 'soft_tokens' as wide as the embeddings")
+        if "input_ids" not in embed.inputs:
+            raise BundleError("the embed graph has no input 'input_ids'")
+        if self.vision is not None and self.manifest.image is not None:
+            _check_vision(self.vision, self.manifest.image, embed.outputs["inputs_embeds"])
+
+
+def _has_width(facts: TensorFacts) -> bool:
+    return bool(facts.shape) and isinstance(facts.shape[-1], int)
+
+
+def _check_vision(vision: Graph, image: ImageFacts, embeddings: TensorFacts) -> None:
+    """Raise BundleError unless the graph takes the patches that the manifest describes and fits the embeddings."""
+    patches, soft = vision.inputs.get("patches"), vision.outputs.get("soft_tokens")
+    if patches is None or "positions" not in vision.inputs:
+        raise BundleError("the vision graph does not declare 'patches' and 'positions'")
+    if patches.shape[-1:] != (3 * image.patch_size**2,):
+        raise BundleError(
+            f"the vision graph takes patches {patches}, the manifest says {image.patch_size} pixels a side"
+        )
+    if soft is None or soft.shape[-1:] != embeddings.shape[-1:]:
+        raise BundleError("the vision graph has no output 'soft_tokens' as wide as the embeddings")
 
 
 class Session:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +25,16 @@ _DTYPES = {"F32": 4, "F16": 2, "BF16": 2, "F64": 8}
 
 
 class Checkpoint:
-    """A folder holding `config.json` and `*.safetensors`. Raises ExportError naming the file for anything unusable."""
+    """A folder holding `config.json` and `*.safetensors`. Raises ExportError naming the file for anything unusable.
+
+    Weights files are not looked at before they are asked for.
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder
         if not folder.is_dir():
             raise ExportError(f"no such checkpoint folder: {folder}")
         self.config: dict[str, Any] = self.json("config.json", required=True)
-        self._files = self._index()
 
     def json(self, name: str, *, required: bool = False) -> dict[str, Any]:
         """The JSON object in file `name`, or an empty one when the file is absent and not required."""
@@ -42,7 +45,7 @@ class Checkpoint:
             return {}
         try:
             value = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ExportError(f"{path} cannot be read as JSON: {error}") from None
         if not isinstance(value, dict):
             raise ExportError(f"{path} must hold a JSON object, not {type(value).__name__}")
@@ -71,11 +74,18 @@ class Checkpoint:
             with self._open(name) as file:
                 yield np.asarray(file.get_slice(name)[start : min(start + step, shape[0])]).astype(np.float32)
 
-    def _index(self) -> dict[str, Path]:
+    @cached_property
+    def _files(self) -> dict[str, Path]:
         """Tensor name -> file, from the headers of all safetensors files (sharded or not)."""
         index = self.json("model.safetensors.index.json").get("weight_map")
+        if index is not None and not (
+            isinstance(index, dict) and all(isinstance(name, str) for name in index.values())
+        ):
+            raise ExportError(
+                f"{self.folder / 'model.safetensors.index.json'}: weight_map must map names to file names"
+            )
         names = (
-            sorted(set(index.values())) if index else [path.name for path in sorted(self.folder.glob("*.safetensors"))]
+            sorted(set(index.values())) if index else sorted(path.name for path in self.folder.glob("*.safetensors"))
         )
         if not names:
             raise ExportError(f"{self.folder} has no *.safetensors file")

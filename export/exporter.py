@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import multiprocessing
+import os
 import platform
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -71,21 +74,44 @@ def export(
     """
     options = options or ExportOptions()
     _check_options(options)
-    if output.exists():
+    if os.path.lexists(output):
         raise ExportError(f"{output} exists already; choose a new folder")
+    if output.resolve().is_relative_to(source.resolve()):
+        raise ExportError(f"{output} is inside the checkpoint's folder, which is only read; choose another place")
     checkpoint = Checkpoint(source)
     family = find_family(checkpoint.config)
     config = family.read(checkpoint.config)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.", suffix=".part") as temporary:
-        folder = Path(temporary) / output.name
-        folder.mkdir()
-        try:
+    checkpoint.names()
+    try:
+        with _new_folder(output.parent), _temporary_sibling(output) as folder:
             report = _write(checkpoint, family, config, options, folder, name or output.name, progress)
             folder.rename(output)
-        except OSError as error:
-            raise ExportError(f"the bundle cannot be written to {output.parent}: {error}") from None
+    except OSError as error:
+        raise ExportError(f"the bundle cannot be written to {output.parent}: {error}") from None
     return dataclasses.replace(report, folder=output)
+
+
+@contextmanager
+def _new_folder(folder: Path) -> Iterator[None]:
+    """Make `folder` and what is missing above it; all that is taken back when the export fails."""
+    missing = list(itertools.takewhile(lambda path: not path.exists(), (folder, *folder.parents)))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for path in missing:
+            with suppress(OSError):  # not made yet, or somebody else has put something there
+                path.rmdir()
+        raise
+
+
+@contextmanager
+def _temporary_sibling(output: Path) -> Iterator[Path]:
+    """A folder beside `output` and with its name, gone at the end if it has not been moved away."""
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name[:100]}.", suffix=".part") as temporary:
+        folder = Path(temporary) / output.name
+        folder.mkdir()
+        yield folder
 
 
 def _check_options(options: ExportOptions) -> None:
@@ -170,7 +196,9 @@ def _manifest(
     text = checkpoint.config.get("text_config") or checkpoint.config
     generation = checkpoint.json("generation_config.json")
     begin = checkpoint.json("tokenizer_config.json").get("bos_token") or "<bos>"
-    begin = begin["content"] if isinstance(begin, dict) else begin
+    begin = begin.get("content") if isinstance(begin, dict) else begin
+    if not isinstance(begin, str):
+        raise ExportError(f"tokenizer_config.json: bos_token {begin!r} is not a token")
     image = facts.image_prompt
     required = [begin] + ([image.item, image.before, image.soft, image.after] if image else [])
     ids = _in_child(tokenizer_ids, folder / "tokenizer.json", (*required, *facts.turn_ends))
@@ -180,7 +208,10 @@ def _manifest(
     stop_ids: set[int] = {ids[token] for token in facts.turn_ends if token in ids}
     for source in (checkpoint.config, text, generation):
         stop = source.get("eos_token_id")
-        stop_ids.update(stop if isinstance(stop, list) else [] if stop is None else [stop])
+        listed = stop if isinstance(stop, list) else [] if stop is None else [stop]
+        if not all(type(identifier) is int for identifier in listed):
+            raise ExportError(f"eos_token_id = {stop!r} must be a token id or a list of them")
+        stop_ids.update(listed)
     return Manifest(
         format=FORMAT,
         family=family.name,
@@ -205,7 +236,7 @@ def _sampling(generation: dict[str, Any]) -> SamplingFacts:
     if not generation.get("do_sample", False):
         return SamplingFacts(temperature=0.0, top_k=None, top_p=None, min_p=None)
     return SamplingFacts(
-        temperature=float(generation.get("temperature") or 1.0),
+        temperature=1.0 if generation.get("temperature") is None else generation["temperature"],
         top_k=generation.get("top_k"),
         top_p=generation.get("top_p"),
         min_p=generation.get("min_p"),
@@ -215,16 +246,24 @@ def _sampling(generation: dict[str, Any]) -> SamplingFacts:
 def _provenance(
     checkpoint: Checkpoint, options: ExportOptions, summaries: dict[str, dict[str, int]], facts: Facts
 ) -> dict[str, Any]:
-    packages = ("onnx-ir", "onnxruntime", "numpy", "safetensors", "tokenizers", "siglance")
+    packages = ("onnx-ir", "onnxruntime", "onnxruntime-gpu", "numpy", "safetensors", "tokenizers", "siglance")
+    versions = {package: _version(package) for package in packages}
     return {
         "source": checkpoint.folder.resolve().name,
         "architectures": checkpoint.config.get("architectures"),
         "options": dataclasses.asdict(options),
         "graphs": summaries,
         "left_out": list(facts.left_out),
-        "versions": {package: metadata.version(package) for package in packages}
+        "versions": {package: version for package, version in versions.items() if version}
         | {"python": platform.python_version()},
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:  # of the two onnxruntime packages only one is installed
+        return None
 
 
 def _file_fact(path: Path) -> FileFact:
@@ -242,5 +281,7 @@ def _in_child(function: Callable[..., Result], *arguments: Any) -> Result:
             return pool.submit(function, *arguments).result()
         except BrokenProcessPool:
             raise ExportError(f"{function.__name__} was killed; is there enough memory?") from None
+        except ExportError:
+            raise
         except SiglanceError as error:
             raise ExportError(f"the exported bundle does not run: {error}") from None

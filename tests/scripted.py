@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
 
-from siglance.engine import Engine
+from siglance.engine import Bundle, Engine
 from siglance.engine.runtime import SoftTokens
+from siglance.engine.self_test import formula_picture
 
-__all__ = ["ScriptedRuntime", "scripted"]
+__all__ = ["ScriptedRuntime", "picture", "scripted", "with_manifest"]
 
 
 class ScriptedRuntime:
@@ -77,5 +79,16 @@ def scripted(engine: Engine, script: Sequence[int], **faults: dict) -> tuple[Eng
     """A copy of `engine` that runs `script`, and its runtime to look into."""
     runtime = ScriptedRuntime(engine.runtime, script, **faults)
     double = copy.copy(engine)
-    double._runtime = runtime  # pyright: ignore[reportAttributeAccessIssue]
+    double._runtime = runtime
     return double, runtime
+
+
+def with_manifest(engine: Engine, **changes: object) -> Engine:
+    """An engine of the same bundle with other facts in its manifest."""
+    bundle = engine.bundle
+    return Engine(Bundle(bundle.folder, dataclasses.replace(bundle.manifest, **changes)), threads=1)
+
+
+def picture(index: int = 0, height: int = 60, width: int = 90) -> np.ndarray:
+    """One of several pictures that differ in brightness and content."""
+    return np.roll(formula_picture(height, width), 13 * index, axis=1) // (index + 1)

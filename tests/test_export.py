@@ -113,9 +113,9 @@ def test_a_checkpoint_cut_short_is_named(source, tmp_path):
     assert "model.safetensors" in refused(source, tmp_path)
 
 
-def test_an_unknown_model_lists_what_is_supported_before_any_weight_is_read(source, tmp_path, monkeypatch):
+def test_an_unknown_model_lists_what_is_supported_before_any_weight_is_read(source, tmp_path):
     change_json(source / "config.json", model_type="llama")
-    monkeypatch.setattr("siglance.export.checkpoint.Checkpoint.read", lambda *_: pytest.fail("a weight was read"))
+    (source / "model.safetensors").write_bytes(b"not even a header")
     message = refused(source, tmp_path)
     assert "'llama'" in message
     for name in ("gemma3_text", "gemma4"):
@@ -164,7 +164,7 @@ def test_a_missing_file_is_named(source, tmp_path, name):
     assert name.replace("model", "*") in refused(source, tmp_path).replace("model.safetensors", "*.safetensors")
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{", "\x00"])
+@pytest.mark.parametrize("content", ["", "[]", "{", "\x00", "[" * 100_000, '{"hidden_size": ' + "9" * 5000 + "}"])
 def test_a_config_that_is_no_json_object(source, tmp_path, content):
     (source / "config.json").write_text(content)
     assert "config.json" in refused(source, tmp_path)
@@ -192,6 +192,77 @@ def test_options_that_are_not_supported(source, tmp_path, options, named):
 
 def test_no_such_source(tmp_path):
     assert "nowhere" in refused(tmp_path / "nowhere", tmp_path)
+
+
+@pytest.mark.parametrize("weight_map", [7, ["model.safetensors"], {"a": 7}, {"a": "../model.safetensors"}, {"a": "no"}])
+def test_an_index_of_shards_that_is_none(source, tmp_path, weight_map):
+    (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert "index" in refused(source, tmp_path)
+
+
+def test_a_tokenizer_that_cannot_be_read(source, tmp_path):
+    (source / "tokenizer.json").write_text("{}")
+    assert re.match(r"tokenizer\.json cannot be read", refused(source, tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("file", "values", "named"),
+    [
+        ("config.json", {"eos_token_id": "<eos>"}, "eos_token_id"),
+        ("generation_config.json", {"eos_token_id": [1, None]}, "eos_token_id"),
+        ("tokenizer_config.json", {"bos_token": {"text": "<bos>"}}, "bos_token"),
+        ("tokenizer_config.json", {"bos_token": 2}, "bos_token"),
+        ("generation_config.json", {"do_sample": True, "temperature": "hot"}, "sampling.temperature"),
+        ("generation_config.json", {"do_sample": True, "top_p": 1.5}, "sampling.top_p"),
+    ],
+)
+def test_facts_of_the_wrong_type_are_named(checkpoints, tmp_path, file, values, named):
+    source = tmp_path / "source"
+    shutil.copytree(checkpoints / "gemma3", source)
+    change_json(source / file, **values)
+    assert named in refused(source, tmp_path)
+
+
+def test_weights_that_give_no_numbers(checkpoints, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(checkpoints / "gemma3", source)
+    change_tensors(source, lambda tensors: tensors.update({"model.norm.weight": np.full(64, np.nan, np.float32)}))
+    assert "not finite" in refused(source, tmp_path)
+
+
+def test_a_context_without_room_for_the_self_test_names_both_numbers(source, tmp_path):
+    message = refused(source, tmp_path, ExportOptions(context=8))
+    assert "12 tokens" in message
+    assert "holds 8" in message
+
+
+def test_the_source_is_not_written_to(source):
+    """Not even where the caller asks for it."""
+    before = fingerprint(source)
+    with pytest.raises(ExportError, match="inside the checkpoint's folder"):
+        export(source, source / "bundle")
+    assert fingerprint(source) == before
+
+
+def test_new_folders_go_again_with_a_failed_export(source, tmp_path):
+    (source / "tokenizer.json").unlink()
+    with pytest.raises(ExportError):
+        export(source, tmp_path / "new" / "deep" / "bundle")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_place_that_is_no_folder(source, tmp_path):
+    (tmp_path / "file").write_text("precious")
+    with pytest.raises(ExportError, match="file"):
+        export(source, tmp_path / "file" / "bundle")
+    assert (tmp_path / "file").read_text() == "precious"
+
+
+def test_an_output_that_is_a_link_to_nowhere_is_left_alone(source, tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ExportError, match="exists already"):
+        export(source, tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
 
 
 def test_an_existing_output_is_left_alone(source, tmp_path):
@@ -276,7 +347,7 @@ def test_no_path_of_this_machine_gets_into_the_bundle(source, tmp_path):
 
 @pytest.mark.parametrize(
     ("generation", "expected"),
-    [({"eos_token_id": 1}, {1}), ({"eos_token_id": [1, 9]}, {1, 9}), ({}, {1})],
+    [({"eos_token_id": 7}, {1, 7}), ({"eos_token_id": [1, 9]}, {1, 9}), ({"eos_token_id": None}, {1}), ({}, {1})],
 )
 def test_stop_ids_are_the_union_of_all_that_say_one(checkpoints, tmp_path, generation, expected):
     """Case 26: config, generation_config and the token that ends a turn."""
@@ -298,6 +369,7 @@ def test_stop_ids_are_the_union_of_all_that_say_one(checkpoints, tmp_path, gener
     [
         ({"do_sample": True, "temperature": 0.7, "top_k": 64, "top_p": 0.95}, (0.7, 64, 0.95)),
         ({"do_sample": True}, (1.0, None, None)),
+        ({"do_sample": True, "temperature": 0}, (0.0, None, None)),
         ({"temperature": 0.7, "top_k": 64}, (0.0, None, None)),
     ],
 )
@@ -337,6 +409,24 @@ def test_context_is_the_smaller_of_what_is_asked_and_what_the_model_has(checkpoi
         found = Bundle.open(tmp_path / str(asked)).manifest.context
         trained = json.loads((checkpoints / "gemma3" / "config.json").read_text())["max_position_embeddings"]
         assert found == (expected or trained)
+
+
+def test_weights_lie_outside_of_the_graphs_whatever_their_size(source, tmp_path):
+    """Cases 57 and 58: no graph file grows with the model, and no location leaves the bundle."""
+    import onnx
+
+    export(source, tmp_path / "bundle")
+    for path in (tmp_path / "bundle").glob("*.onnx"):
+        outside = 0
+        for tensor in onnx.load(path, load_external_data=False).graph.initializer:
+            facts = {entry.key: entry.value for entry in tensor.external_data}
+            if facts:
+                assert facts["location"] == "weights.bin"
+                assert int(facts["offset"]) % builder.ALIGNMENT == 0
+                outside += 1
+            else:
+                assert tensor.ByteSize() < builder.INLINE_BYTES + 1000 or "rope" in tensor.name, tensor.name
+        assert outside, path.name
 
 
 def test_families_do_not_share_a_model_type():
