@@ -104,7 +104,7 @@ class Run:
         return report
 
 
-def train(out: Path, hours: float, resume: bool, every_minutes: float) -> None:
+def train(out: Path, hours: float, resume: bool, every_minutes: float, late: bool) -> None:
     """Train for `hours` in all, counting what a resumed run has already used."""
     out.mkdir(parents=True, exist_ok=True)
     run = Run(out, hours)
@@ -112,7 +112,8 @@ def train(out: Path, hours: float, resume: bool, every_minutes: float) -> None:
         run.restore()
     progress = run.progress
     next_score = progress.seconds + every_minutes * 60
-    with feed.background(progress.next_scene) as batches:
+    shares = feed.LATE_BUDGET_SHARES if late else feed.BUDGET_SHARES
+    with feed.background(progress.next_scene, shares) as batches:
         before = time.monotonic()
         while progress.seconds < run.budget_seconds:
             progress.next_scene, batch = next(batches)
@@ -153,12 +154,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for the state, the log and the best checkpoint")
     parser.add_argument("--hours", type=float, required=True, help="training time in all, scoring included")
     parser.add_argument("--resume", action="store_true", help="go on from OUT/state.pt")
+    parser.add_argument("--late", action="store_true", help="look closer: more scenes at the largest budget")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--every-minutes", type=float, default=8.0, help="time between two scorings")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an orderly end, so that the background process ends too
-    train(options.out, options.hours, options.resume, options.every_minutes)
+    train(options.out, options.hours, options.resume, options.every_minutes, options.late)
 
 
 if __name__ == "__main__":
