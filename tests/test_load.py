@@ -28,7 +28,7 @@ def requests() -> list[tuple[list, Sampling]]:
     for index in range(REQUESTS):
         question = Text(("describe", "count", "detect all", "read")[index % 4])
         height, width = rng.integers(40, 400, 2)
-        picture = [Image(formula_picture(int(height), int(width)), (16, 36, 64)[index % 3])] if index % 5 else []
+        picture = [Image(formula_picture(int(height), int(width)), (9, 16, 36)[index % 3])] if index % 5 else []
         made.append(([*picture, question], Sampling(temperature=(0.0, 1.0)[index % 2], seed=index)))
     return made
 
