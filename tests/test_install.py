@@ -26,14 +26,22 @@ def environment(tmp_path_factory):
     folder = tmp_path_factory.mktemp("install")
     wheel = build_wheel(folder / "wheel")
     subprocess.run([sys.executable, "-m", "venv", folder / "venv"], check=True)
-    before = size_of(folder / "venv")
     python = folder / "venv" / "bin" / "python"
-    subprocess.run([python, "-m", "pip", "install", "-q", "--no-compile", f"{wheel}[cpu]"], check=True)
-    return folder / "venv", size_of(folder / "venv") - before
+    subprocess.run([python, "-m", "pip", "install", "-q", f"{wheel}[cpu]"], check=True)
+    return folder / "venv", installed_bytes(folder / "venv")
 
 
-def size_of(folder: Path) -> int:
-    return sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+def installed_bytes(environment: Path) -> int:
+    """All files of the packages, compiled ones too; what a new environment has already is left out."""
+    [packages] = environment.glob("lib/python*/site-packages")
+    there_before = ("pip", "setuptools", "pkg_resources", "_distutils_hack")
+    return sum(
+        path.lstat().st_size
+        for folder in packages.iterdir()
+        if not folder.name.startswith(there_before)
+        for path in ([folder] if folder.is_file() else folder.rglob("*"))
+        if path.is_file() and not path.is_symlink()
+    )
 
 
 def test_install_size(environment):
