@@ -90,11 +90,12 @@ def run(
         raise InputError(f"--draw draws on the picture of the prompt, which needs exactly one, not {len(image or [])}")
     if ids is None and not parts and not raw:
         raise PromptError("the prompt is empty: give a question with -p or a picture with -i")
+    for option, path in (("--logits", logits), ("--draw", draw)):
+        output.check_place(option, path)
+    drawing = None if draw is None else output.picture_format("--draw", draw)
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
     common = {"system": system, "image_tokens": image_tokens, "raw": raw, "prompt_ids": ids}
     with Engine.open(bundle, device=device) as engine:
-        if bundle == "demo" and not as_json:
-            output.note(output.DEMO_NOTE)
         rows = None if logits is None else engine.prompt_logits(parts, **common)
         reply: Reply | None = None
         for chunk in engine.stream(
@@ -110,11 +111,13 @@ def run(
     else:
         print()
         output.note(output.reply_summary(reply))
+        if bundle == "demo":
+            output.note(output.DEMO_NOTE)
     if logits is not None and rows is not None:
-        _save_logits(logits, rows)
-    if draw is not None:
-        assert image is not None
-        output.draw(reply, _image(image[0]), draw)
+        output.write("--logits", logits, lambda file: np.save(file, rows))
+    if draw is not None and drawing is not None and image is not None:
+        picture = output.drawn(reply, _image(image[0]))
+        output.write("--draw", draw, lambda file: picture.save(file, drawing))
 
 
 @app.command()
@@ -196,27 +199,19 @@ def _parts(images: list[str] | None, prompt: str) -> list[PartLike]:
 def _image(argument: str) -> Image:
     """FILE or FILE@BUDGET; a file whose name really ends in @digits is found under its full name."""
     name, separator, budget = argument.rpartition("@")
-    if separator and budget.isdecimal() and not Path(argument).exists():
-        return Image(Path(name), int(budget))
-    return Image(argument if argument.lower().startswith("data:") else Path(argument))
+    has_budget = separator and budget.isdecimal() and not os.path.exists(argument)
+    source = name if has_budget else argument
+    return Image(source if source.lower().startswith("data:") else Path(source), int(budget) if has_budget else None)
 
 
 def _read_ids(path: Path) -> list[int]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise PromptError(f"--prompt-ids {path}: {error}") from None
     if not isinstance(value, list):
         raise PromptError(f"--prompt-ids {path}: expected a JSON list of token ids, found {type(value).__name__}")
     return value
-
-
-def _save_logits(path: Path, rows: np.ndarray) -> None:
-    try:
-        with path.open("wb") as file:
-            np.save(file, rows)
-    except OSError as error:
-        raise InputError(f"--logits {path}: {error}") from None
 
 
 def main() -> NoReturn:

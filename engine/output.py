@@ -7,7 +7,9 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+import PIL.Image
 
 from .draw import draw_boxes
 from .errors import InputError
@@ -16,7 +18,18 @@ from .parts import Image
 from .reply import Reply
 from .self_test import VerifyReport
 
-__all__ = ["DEMO_NOTE", "draw", "note", "progress", "reply_json", "reply_summary", "verify_json"]
+__all__ = [
+    "DEMO_NOTE",
+    "check_place",
+    "drawn",
+    "note",
+    "picture_format",
+    "progress",
+    "reply_json",
+    "reply_summary",
+    "verify_json",
+    "write",
+]
 
 DEMO_NOTE = (
     "This is the embedded demo, a tiny model that knows drawn coloured shapes and short signs only. "
@@ -67,14 +80,37 @@ def verify_json(report: VerifyReport) -> dict[str, Any]:
     return dataclasses.asdict(report)
 
 
-def draw(reply: Reply, image: Image, path: Path) -> None:
-    """Write the picture with the boxes of the reply; the format follows the file's ending."""
-    picture = draw_boxes(load_image(image.source), reply.boxes)
+def drawn(reply: Reply, image: Image) -> PIL.Image.Image:
+    """The picture with the boxes of the reply."""
+    return draw_boxes(load_image(image.source), reply.boxes)
+
+
+def check_place(option: str, path: Path | None) -> None:
+    """Refuse a file that cannot be made, before anything runs."""
+    if path is not None and (not path.parent.is_dir() or path.is_dir()):
+        what = "is a folder" if path.is_dir() else f"there is no folder {path.parent}"
+        raise InputError(f"{option} {path}: {what}")
+
+
+def picture_format(option: str, path: Path) -> str:
+    """The format that the ending of a file asks for."""
+    format = PIL.Image.registered_extensions().get(path.suffix.lower())
+    if format not in PIL.Image.SAVE:
+        raise InputError(f"{option} {path}: pictures cannot be written as {path.suffix!r}, .png can")
+    return format
+
+
+def write(option: str, path: Path, save: Callable[[BinaryIO], None]) -> None:
+    """Write a file that `option` asked for. One that cannot be written whole is removed."""
+    opened = False
     try:
-        picture.save(path)
-    except (OSError, ValueError, KeyError) as error:
-        path.unlink(missing_ok=True)
-        raise InputError(f"--draw {path}: {error}") from None
+        with path.open("wb") as file:
+            opened = True
+            save(file)
+    except (OSError, ValueError) as error:
+        if opened and path.is_file():
+            path.unlink()
+        raise InputError(f"{option} {path}: {error}") from None
 
 
 @contextmanager

@@ -67,6 +67,16 @@ def test_writing_and_reading_is_the_identity(original):
         (lambda values: values["files"].pop("decoder"), "files"),
         (lambda values: values.update(modalities=["text"]), "image"),
         (lambda values: values["image"].update(policy="squash"), "image:squash"),
+        (lambda values: values["files"].update(chat_templat=values["files"].pop("chat_template")), "chat_templat"),
+        (lambda values: values["modalities"].append("smell"), "modalities"),
+        (lambda values: values["sampling"].update(temperature=-1), "sampling.temperature"),
+        (lambda values: values["sampling"].update(temperature=10**400), "sampling.temperature"),
+        (lambda values: values["sampling"].update(temperature=float("nan")), "sampling.temperature"),
+        (lambda values: values["sampling"].update(top_p=1.5), "sampling.top_p"),
+        (lambda values: values["sampling"].update(top_k=-1), "sampling.top_k"),
+        (lambda values: values["files"]["weights"].update(path="x" * 300), "files.weights"),
+        (lambda values: values["files"]["weights"].update(path="a\0b"), "files.weights"),
+        (lambda values: values["files"]["weights"].update(path="\ud800"), "files.weights"),
     ],
 )
 def test_a_wrong_manifest_is_refused_by_the_name_of_the_key(copy, change, named):
@@ -90,10 +100,18 @@ def test_an_unknown_mechanism_is_refused_by_name(copy):
         Bundle.open(copy)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", "null", '{"format": 1}', "[" * 100_000])
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{", "null", '{"format": 1}', "[" * 100_000, '{"format": ' + "1" * 5000 + "}"]
+)
 def test_text_that_is_no_manifest(text):
     with pytest.raises(BundleError):
         read_manifest(text)
+
+
+def test_a_key_that_occurs_twice_is_named(original):
+    text = write_manifest(original.bundle.manifest)
+    with pytest.raises(BundleError, match="'context' occurs twice"):
+        read_manifest(text.replace('"context"', '"context": 7,\n "context"'))
 
 
 def test_a_manifest_of_megabytes_is_not_read(copy):
@@ -270,6 +288,42 @@ def test_a_device_that_is_not_there_is_an_error(original):
             Runtime(original.bundle, device=device)
     assert str(resolve_device("auto", "cpu")) == "cpu"
     assert original.runtime.providers["decoder"][0] == "CPUExecutionProvider"
+
+
+def test_a_patch_size_that_the_graph_does_not_have(original):
+    """Pictures would be cut, and memory taken, by the manifest's word alone."""
+    image = dataclasses.replace(original.bundle.manifest.image, patch_size=4096)
+    with pytest.raises(BundleError, match="4096 pixels a side"):
+        Runtime(Bundle(original.bundle.folder, dataclasses.replace(original.bundle.manifest, image=image)))
+
+
+def first_step(values) -> dict:
+    return values["cases"][0]["steps"][0]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda values: values.clear(),
+        lambda values: values.update(cases=[]),
+        lambda values: values.update(format=2),
+        lambda values: values["cases"][0].update(steps=[]),
+        lambda values: values["cases"][0].update(ids=[]),
+        lambda values: first_step(values).update(ids=[10**9] * 10),
+        lambda values: first_step(values).update(logits=[float("nan")] * 10),
+        lambda values: first_step(values).update(logits=["a"] * 10),
+        lambda values: first_step(values).update(logits=[]),
+        lambda values: values["cases"][1]["picture"].update(budget=71),
+        lambda values: values["cases"][1]["picture"].update(height=-1),
+        lambda values: values["cases"][1]["picture"].update(height=2**40),
+    ],
+)
+def test_a_self_test_that_is_none_is_an_error_and_never_equal(copy, original, change):
+    values = json.loads((copy / "self_test.json").read_text())
+    change(values)
+    (copy / "self_test.json").write_text(json.dumps(values))
+    with pytest.raises(BundleError, match=r"self_test\.json"):
+        replay(Bundle(copy, original.bundle.manifest), original.runtime)
 
 
 def test_every_error_is_one_of_ours():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import shutil
 import struct
@@ -107,6 +108,10 @@ def test_budgets(siglance, seeing, photo, tmp_path):
     assert image_tokens("-i", f"{photo}@70", "--image-tokens", 140) == small
     assert image_tokens("-i", odd) == default
     assert image_tokens("-i", f"{photo}@70", "-i", photo) == small + default
+    assert image_tokens("-i", f"{odd}@70") == small
+    uri = "data:image/png;base64," + base64.b64encode(photo.read_bytes()).decode()
+    assert image_tokens("-i", uri) == default
+    assert image_tokens("-i", f"{uri}@70") == small
 
 
 def test_stop_and_raw_and_system_reach_the_engine(siglance, reading):
@@ -341,7 +346,7 @@ def test_no_such_bundle(refused, tmp_path):
     refused(tmp_path / "nowhere", "-p", "x", named=["nowhere", MANIFEST_NAME])
 
 
-@pytest.mark.parametrize("content", ["", "{}", "[1, 2.5]", '["a"]', "[99999999]", "[]"])
+@pytest.mark.parametrize("content", ["", "{}", "[1, 2.5]", '["a"]', "[99999999]", "[]", "[" * 100_000])
 def test_prompt_ids_that_are_none(refused, reading, tmp_path, content):
     (tmp_path / "ids.json").write_text(content)
     refused(reading, "--prompt-ids", tmp_path / "ids.json", named=["id"])
@@ -373,14 +378,49 @@ def test_drawing_needs_one_picture(siglance, seeing, photo, tmp_path):
     assert not out.exists()
 
 
-def test_a_format_that_cannot_be_drawn_leaves_no_file(siglance, seeing, photo, tmp_path):
-    code, _, err = siglance("run", seeing, "-i", photo, "--max-tokens", 2, "--draw", tmp_path / "out.nope")
-    assert code == 1
-    assert "out.nope" in err
-    assert not (tmp_path / "out.nope").exists()
+@pytest.mark.parametrize("name", ["out.nope", "out", "no/out.png", ""])
+def test_a_drawing_that_cannot_be_written(refused, seeing, photo, tmp_path, name):
+    refused(seeing, "-i", photo, "--draw", tmp_path / name, named=["--draw", tmp_path / name])
 
 
-def test_a_folder_that_cannot_be_written_to(siglance, seeing, photo, tmp_path):
-    code, _, err = siglance("run", seeing, "-i", photo, "--max-tokens", 2, "--logits", tmp_path / "no" / "x.npy")
+def test_a_file_that_is_there_survives_a_failed_drawing(refused, seeing, photo, tmp_path):
+    (tmp_path / "notes.txt").write_text("precious")
+    refused(seeing, "-i", photo, "--draw", tmp_path / "notes.txt", named=["notes.txt"])
+    assert (tmp_path / "notes.txt").read_text() == "precious"
+
+
+def test_a_full_disk_leaves_no_half_a_file(siglance, seeing, photo, tmp_path, monkeypatch):
+    def full(file, rows):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "save", full)
+    code, _, err = siglance("run", seeing, "-i", photo, "--max-tokens", 2, "--logits", tmp_path / "x.npy")
     assert code == 1
-    assert "x.npy" in err
+    assert "--logits" in err.splitlines()[-1]
+    assert "No space left" in err.splitlines()[-1]
+    assert not (tmp_path / "x.npy").exists()
+
+
+@pytest.mark.parametrize("name", ["no/x.npy", ""])
+def test_a_place_that_cannot_be_written_to(siglance, seeing, photo, tmp_path, name):
+    code, out, err = siglance("run", seeing, "-i", photo, "--max-tokens", 2, "--logits", tmp_path / name)
+    assert (code, out) == (1, "")
+    assert len(err.splitlines()) == 1
+    assert f"--logits {tmp_path / name}" in err
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b", "x" * 5000 + "@70"])
+def test_names_that_no_file_can_have(refused, seeing, name):
+    refused(seeing, "-i", name, "-p", "x", named=["image 1"])
+
+
+def test_a_bundle_name_that_no_folder_can_have(siglance):
+    for name in ("x" * 300, "x/" * 3000, "a\0b"):
+        code, out, err = siglance("run", name, "-p", "x")
+        assert (code, out) == (1, "")
+        assert err.startswith("siglance: no bundle")
+
+
+def test_an_error_about_the_demo_is_one_line_too(refused, photo):
+    refused("demo", "-i", f"{photo}@7", named=["image 1", "7"])
