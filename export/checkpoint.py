@@ -1,39 +1,105 @@
-"""A checkpoint on disk: Hugging Face folder with `config.json`, safetensors and tokenizer files. Read-only.
+"""Where weights come from: the protocol of a checkpoint, the Hugging Face folder, and `Weights`, what a family sees.
 
-Tensors are read one at a time, and large tables in slices of rows, so that peak memory is a few tensors whatever the
-size of the model.
+Checkpoints are only read. Tensors are read one at a time, and large tables in slices of rows, so that peak memory is a
+few tensors whatever the size of the model.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from ..engine.errors import ExportError
 
-__all__ = ["Checkpoint", "Weights"]
+if TYPE_CHECKING:
+    from ..kernels.quantize import Blocks
+    from .plan import Storage
+
+__all__ = ["Checkpoint", "FolderCheckpoint", "Weights", "write_texts"]
 
 SLICE_BYTES = 32 << 20  # rows of a large table are read in slices of about this size
 _DTYPES = {"F32": 4, "F16": 2, "BF16": 2, "F64": 8}
 
 
-class Checkpoint:
-    """A folder holding `config.json` and `*.safetensors`. Raises ExportError naming the file for anything unusable.
+class Checkpoint(Protocol):
+    """A model on disk, under the names and values that a Hugging Face folder would have.
 
-    Weights files are not looked at before they are asked for.
+    All methods raise ExportError naming the file or the tensor for anything unusable.
     """
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    @property
+    def source(self) -> str:
+        """What the model was exported from: the name of a folder or file (never a path), or a hub id."""
+        ...
+
+    @property
+    def revision(self) -> str | None:
+        """The commit of a hub id; None for what has no revisions."""
+        ...
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder that makes up the checkpoint, if it is one."""
+        ...
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The values of config.json."""
+        ...
+
+    def json(self, name: str, *, required: bool = False) -> dict[str, Any]:
+        """The values of another JSON file of the folder; an empty object when it is absent and not required."""
+        ...
+
+    def names(self) -> set[str]:
+        """The names of all tensors."""
+        ...
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of tensor `name` without reading it."""
+        ...
+
+    def read(self, name: str) -> np.ndarray:
+        """Tensor `name` as float32."""
+        ...
+
+    def read_rows(self, name: str) -> Iterator[np.ndarray]:
+        """Tensor `name` [rows, ...] as float32, in consecutive slices of rows."""
+        ...
+
+    def blocks(self, name: str) -> Blocks | None:
+        """Matrix `name` in the blocks it is stored in, or None when it is stored in a way that blocks cannot repeat."""
+        ...
+
+    def write_texts(self, folder: Path) -> dict[str, str]:
+        """Write the tokenizer, and the chat template if there is one, to `folder`; returns manifest key -> file."""
+        ...
+
+
+class FolderCheckpoint:
+    """A folder holding `config.json`, `*.safetensors` and tokenizer files.
+
+    Weights files are not looked at before they are asked for. `source` and `revision` say where the folder came from if
+    that is not the folder itself; `tokenizer` is a tokenizer.json to use instead of the folder's own.
+    """
+
+    def __init__(
+        self, folder: Path, *, source: str | None = None, revision: str | None = None, tokenizer: Path | None = None
+    ):
         if not folder.is_dir():
             raise ExportError(f"no such checkpoint folder: {folder}")
+        self.folder = folder
+        self.source = source or folder.resolve().name
+        self.revision = revision
+        self._tokenizer = tokenizer or folder / "tokenizer.json"
         self.config: dict[str, Any] = self.json("config.json", required=True)
 
     def json(self, name: str, *, required: bool = False) -> dict[str, Any]:
@@ -74,6 +140,18 @@ class Checkpoint:
             with self._open(name) as file:
                 yield np.asarray(file.get_slice(name)[start : min(start + step, shape[0])]).astype(np.float32)
 
+    def blocks(self, name: str) -> None:
+        """Safetensors hold plain numbers."""
+
+    def write_texts(self, folder: Path) -> dict[str, str]:
+        """Copy tokenizer.json; the template is chat_template.jinja, or else stands in tokenizer_config.json."""
+        path = self.folder / "chat_template.jinja"
+        try:
+            template = path.read_text(encoding="utf-8") if path.is_file() else None
+        except (OSError, ValueError) as error:
+            raise ExportError(f"{path} cannot be read as text: {error}") from None
+        return write_texts(folder, self._tokenizer, template or self.json("tokenizer_config.json").get("chat_template"))
+
     @cached_property
     def _files(self) -> dict[str, Path]:
         """Tensor name -> file, from the headers of all safetensors files (sharded or not)."""
@@ -106,6 +184,18 @@ class Checkpoint:
         if name not in self._files:
             raise ExportError(f"the checkpoint has no tensor {name!r}")
         return _open_safetensors(self._files[name])
+
+
+def write_texts(folder: Path, tokenizer: Path, template: Any) -> dict[str, str]:
+    """Copy the file `tokenizer`, and write `template` if it is a text, to `folder`; returns manifest key -> file."""
+    if not tokenizer.is_file():
+        raise ExportError(f"{tokenizer.parent} has no {tokenizer.name}")
+    shutil.copyfile(tokenizer, folder / "tokenizer.json")
+    texts = {"tokenizer": "tokenizer.json"}
+    if isinstance(template, str):
+        (folder / "chat_template.jinja").write_text(template, encoding="utf-8", newline="")
+        texts["chat_template"] = "chat_template.jinja"
+    return texts
 
 
 def _open_safetensors(path: Path) -> Any:
@@ -144,6 +234,21 @@ class Weights:
         resolved = self._resolve(name)
         self._expect(resolved, shape)
         return self._checkpoint.read_rows(resolved)
+
+    def blocks(self, name: str, shape: tuple[int, ...] | None = None) -> Blocks | None:
+        """Matrix `name` in the blocks that the checkpoint stores it in, or None when it is not stored in blocks."""
+        resolved = self._resolve(name)
+        self._expect(resolved, shape)
+        return self._checkpoint.blocks(resolved)
+
+    @property
+    def random(self) -> bool:
+        """Whether there is no checkpoint behind this: matrices are drawn in the format they are stored in."""
+        return False
+
+    def random_blocks(self, name: str, shape: tuple[int, int], storage: Storage) -> Blocks | None:
+        """Random blocks for `shape` rows and columns of tensor `name`; None when there is a checkpoint to read."""
+        return None
 
     def scalar(self, name: str) -> float:
         """A tensor of one element."""

@@ -14,7 +14,6 @@ import json
 import multiprocessing
 import os
 import platform
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -38,12 +37,12 @@ from ..engine.manifest import (
 from .builder import GraphBuilder, WeightsFile
 from .checkpoint import Checkpoint, Weights
 from .families import ExportOptions, Facts, Family, find_family
+from .plan import plan_for
 from .self_check import record_self_test, tokenizer_ids
+from .sources import open_source
 
 __all__ = ["ExportReport", "export"]
 
-PRECISIONS = ("fp32",)
-TARGETS = ("cpu",)
 Result = TypeVar("Result")
 
 
@@ -60,25 +59,28 @@ class ExportReport:
 
 
 def export(
-    source: Path,
+    source: Path | str,
     output: Path,
     options: ExportOptions | None = None,
     *,
+    revision: str | None = None,
+    tokenizer: Path | None = None,
     name: str | None = None,
     progress: Callable[[str], None] = lambda stage: None,
 ) -> ExportReport:
-    """Export the checkpoint in folder `source` to the new bundle folder `output`.
+    """Export the checkpoint that `source` names to the new bundle folder `output`.
 
-    `progress` is called with the name of each stage as it begins. Raises ExportError for anything that cannot be
-    exported; nothing is left behind in that case.
+    `source` is a Hugging Face folder, a GGUF file or a hub id (of branch, tag or commit `revision`); `tokenizer` is a
+    tokenizer.json to use instead of the checkpoint's own. `progress` is called with the name of each stage as it
+    begins. Raises ExportError for anything that cannot be exported; nothing is left behind in that case.
     """
     options = options or ExportOptions()
     _check_options(options)
     if os.path.lexists(output):
         raise ExportError(f"{output} exists already; choose a new folder")
-    if output.resolve().is_relative_to(source.resolve()):
+    checkpoint = open_source(source, revision=revision, tokenizer=tokenizer)
+    if checkpoint.folder is not None and output.resolve().is_relative_to(checkpoint.folder.resolve()):
         raise ExportError(f"{output} is inside the checkpoint's folder, which is only read; choose another place")
-    checkpoint = Checkpoint(source)
     family = find_family(checkpoint.config)
     config = family.read(checkpoint.config)
     checkpoint.names()
@@ -115,9 +117,7 @@ def _temporary_sibling(output: Path) -> Iterator[Path]:
 
 
 def _check_options(options: ExportOptions) -> None:
-    for key, value, allowed in (("precision", options.precision, PRECISIONS), ("target", options.target, TARGETS)):
-        if value not in allowed:
-            raise ExportError(f"{key} {value!r} is not supported (supported: {', '.join(allowed)})")
+    plan_for(options.precision, options.target)
     if options.context < 1:
         raise ExportError(f"context {options.context} must be at least 1 token")
 
@@ -132,14 +132,14 @@ def _write(
     progress: Callable[[str], None],
 ) -> ExportReport:
     progress("tokenizer")
-    texts = _copy_texts(checkpoint, folder)
+    texts = checkpoint.write_texts(folder)
     progress("weights")
     weights = Weights(checkpoint, family.prefixes)
     summaries = {}
     with WeightsFile(folder / "weights.bin") as data:
         for graph_name, build in family.graphs(config).items():
             progress(graph_name)
-            graph = GraphBuilder(graph_name, data)
+            graph = GraphBuilder(graph_name, data, plan_for(options.precision, options.target))
             build(graph, weights, config, options)
             graph.save(folder / f"{graph_name}.onnx", name)
             summaries[graph_name] = graph.summary()
@@ -164,23 +164,6 @@ def _write(
         left_out=facts.left_out,
         total_bytes=sum(path.stat().st_size for path in folder.iterdir()),
     )
-
-
-def _copy_texts(checkpoint: Checkpoint, folder: Path) -> dict[str, str]:
-    """Copy tokenizer and chat template; returns manifest key -> file name."""
-    if not (checkpoint.folder / "tokenizer.json").is_file():
-        raise ExportError(f"{checkpoint.folder} has no tokenizer.json")
-    shutil.copyfile(checkpoint.folder / "tokenizer.json", folder / "tokenizer.json")
-    texts = {"tokenizer": "tokenizer.json"}
-    template = checkpoint.folder / "chat_template.jinja"
-    inline = checkpoint.json("tokenizer_config.json").get("chat_template")
-    if template.is_file():
-        shutil.copyfile(template, folder / "chat_template.jinja")
-        texts["chat_template"] = "chat_template.jinja"
-    elif isinstance(inline, str):
-        (folder / "chat_template.jinja").write_text(inline, encoding="utf-8")
-        texts["chat_template"] = "chat_template.jinja"
-    return texts
 
 
 def _manifest(
@@ -216,6 +199,8 @@ def _manifest(
         format=FORMAT,
         family=family.name,
         name=name,
+        source=checkpoint.source,
+        revision=checkpoint.revision,
         target=options.target,
         precision=options.precision,
         requires=facts.requires,
@@ -249,7 +234,8 @@ def _provenance(
     packages = ("onnx-ir", "onnxruntime", "onnxruntime-gpu", "numpy", "safetensors", "tokenizers", "siglance")
     versions = {package: _version(package) for package in packages}
     return {
-        "source": checkpoint.folder.resolve().name,
+        "source": checkpoint.source,
+        "revision": checkpoint.revision,
         "architectures": checkpoint.config.get("architectures"),
         "options": dataclasses.asdict(options),
         "graphs": summaries,
