@@ -15,10 +15,12 @@ import numpy as np
 import onnx_ir as ir
 
 from ..engine.errors import ExportError
+from .plan import Plan
 
-__all__ = ["FLOAT", "INT32", "INT64", "MICROSOFT", "UINT8", "GraphBuilder", "WeightsFile"]
+__all__ = ["BOOL", "FLOAT", "FLOAT16", "INT32", "INT64", "MICROSOFT", "UINT8", "GraphBuilder", "WeightsFile"]
 
-FLOAT, INT32, INT64, UINT8 = ir.DataType.FLOAT, ir.DataType.INT32, ir.DataType.INT64, ir.DataType.UINT8
+FLOAT, FLOAT16, BOOL = ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BOOL
+INT32, INT64, UINT8 = ir.DataType.INT32, ir.DataType.INT64, ir.DataType.UINT8
 MICROSOFT = "com.microsoft"
 
 # 20 is the first operator set with Gelu(approximate="tanh"); IR version 10 is what onnxruntime 1.32 reads everywhere.
@@ -37,6 +39,7 @@ class WeightsFile:
         self._file = path.open("xb")
         self._hash = hashlib.sha256()
         self._tensors: dict[str, ir.ExternalTensor] = {}
+        self.recorded: dict[str, float] = {}  # by key: the largest row or entry of what was stored
 
     @property
     def sha256(self) -> str:
@@ -77,11 +80,15 @@ class WeightsFile:
 class GraphBuilder:
     """One graph under construction. Operators are methods by way of `op`; names follow the scopes they are made in."""
 
-    def __init__(self, name: str, weights: WeightsFile):
+    def __init__(self, name: str, weights: WeightsFile, plan: Plan | None = None):
+        self.name = name
+        self.plan = plan or Plan()
         self._graph = ir.Graph([], [], nodes=[], opset_imports={"": _OPSET, MICROSOFT: 1}, name=name)
         self._weights = weights
         self._scopes: list[str] = []
         self._names: set[str] = set()
+        self._halves: dict[ir.Value, ir.Value] = {}  # float32 value -> its float16 version
+        self._bounds: dict[ir.Value, float] = {}
 
     @contextlib.contextmanager
     def scope(self, name: str) -> Iterator[None]:
@@ -148,20 +155,83 @@ class GraphBuilder:
         shape: Sequence[int],
         read: Callable[[], Iterable[np.ndarray]],
         dtype: ir.DataType = FLOAT,
+        *,
+        inline: bool = True,
     ) -> ir.Value:
         """An initializer from the weights file; `read` is called only if no graph has stored `key` before.
 
-        Tensors under INLINE_BYTES are stored inside the graph file instead.
+        Tensors under INLINE_BYTES are stored inside the graph file instead, unless `inline` is false.
         """
         known = self._graph.initializers.get(key)
         if known is not None:
             return known
-        if int(np.prod(shape, dtype=np.int64)) * dtype.itemsize < INLINE_BYTES:
+        if len(shape) == 1:
+            read = self._recording(key, read)
+        if inline and int(np.prod(shape, dtype=np.int64)) * dtype.itemsize < INLINE_BYTES:
             array = np.concatenate(list(read()))
             if array.shape != tuple(shape):
                 raise ExportError(f"weight {key!r} has shape {list(array.shape)}, the graph needs {list(shape)}")
             return self._initializer(key, ir.tensor(np.asarray(array, order="C"), name=key))
         return self._initializer(key, self._weights.put(key, shape, dtype, read()))
+
+    def _recording(self, key: str, read: Callable[[], Iterable[np.ndarray]]) -> Callable[[], Iterable[np.ndarray]]:
+        """`read`, noting the largest entry of a vector: norms bound their outputs by it."""
+
+        def reading() -> Iterator[np.ndarray]:
+            for chunk in read():
+                self.record(key, max(self.recorded(key), float(np.abs(chunk).max(initial=0.0))))
+                yield chunk
+
+        return reading
+
+    def alias(self, value: ir.Value, key: str, shape: Sequence[int]) -> ir.Value:
+        """The stored initializer `value` once more with another shape (one -1 allowed): the same bytes, no copy."""
+        known = self._graph.initializers.get(key)
+        if known is not None:
+            return known
+        tensor = value.const_value
+        assert isinstance(tensor, ir.ExternalTensor)
+        size, given = int(np.prod(tensor.shape.numpy())), int(np.prod([side for side in shape if side != -1]))
+        full = [size // given if side == -1 else side for side in shape]
+        same = ir.ExternalTensor(
+            tensor.location, tensor.offset, tensor.length, tensor.dtype, shape=ir.Shape(full), name=key,
+            base_dir=tensor.base_dir,
+        )  # fmt: skip
+        return self._initializer(key, same)
+
+    # --- what float16 products need to know
+
+    def record(self, key: str, largest: float) -> None:
+        """Remember the largest row (of a matrix) or entry (of a vector) stored under `key`."""
+        self._weights.recorded[key] = largest
+
+    def recorded(self, key: str) -> float:
+        return self._weights.recorded.get(key, 0.0)
+
+    def is_half(self, value: ir.Value) -> bool:
+        return value.type is not None and value.dtype == FLOAT16
+
+    def mark_half(self, value: ir.Value) -> ir.Value:
+        """Say that an operator gave float16; returns `value`."""
+        value.type = ir.TensorType(FLOAT16)
+        return value
+
+    def half(self, value: ir.Value) -> ir.Value:
+        """`value` in float16; cast once, however many products read it."""
+        if self.is_half(value):
+            return value
+        if value not in self._halves:
+            self._halves[value] = self.mark_half(self.op("Cast", value, to=int(FLOAT16)))
+        return self._halves[value]
+
+    def bound(self, value: ir.Value) -> float | None:
+        """An upper bound of the Euclidean length of the rows of `value`, if one is known."""
+        return self._bounds.get(value)
+
+    def set_bound(self, value: ir.Value, bound: float | None) -> ir.Value:
+        if bound is not None:
+            self._bounds[value] = bound
+        return value
 
     def save(self, path: Path, bundle_name: str) -> None:
         """Write the graph; a stray file can be traced through the bundle name in its metadata."""

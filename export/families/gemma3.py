@@ -118,14 +118,14 @@ def _rope(reader: ConfigReader, theta: float) -> Rope:
 def build_embed(graph: GraphBuilder, weights: Weights, config: Config, options: ExportOptions) -> None:
     """input_ids [1, S] -> inputs_embeds [1, S, D], scaled by sqrt(D)."""
     ids = graph.input("input_ids", INT64, [1, "tokens"])
-    rows = graph.op("Gather", _table(graph, weights, config), ids, name="embed_tokens")
+    rows = blocks.lookup(graph, _table(graph, weights, config), ids, "embed_tokens")
     embeddings = blocks.constant_scale(graph, rows, float(config.hidden) ** 0.5, "scale_embeddings")
     graph.output(embeddings, "inputs_embeds", FLOAT, [1, "tokens", config.hidden])
 
 
-def _table(graph: GraphBuilder, weights: Weights, config: Config) -> ir.Value:
+def _table(graph: GraphBuilder, weights: Weights, config: Config) -> blocks.Table:
     shape = (config.vocabulary, config.hidden)
-    return graph.weight("embed_tokens.weight", shape, lambda: weights.read_rows("text.embed_tokens.weight", shape))
+    return blocks.table(graph, weights, "embed_tokens.weight", "text.embed_tokens.weight", shape)
 
 
 def build_decoder(graph: GraphBuilder, weights: Weights, config: Config, options: ExportOptions) -> None:
@@ -169,7 +169,7 @@ def build_decoder(graph: GraphBuilder, weights: Weights, config: Config, options
             following = "text.norm" if layer == config.layers - 1 else f"text.layers.{layer + 1}.input_layernorm"
             normed, x = blocks.add_rms_norm(graph, fed, x, _norm(graph, weights, following, config.hidden), "next_norm")
     table = _table(graph, weights, config) if config.tied else _head(graph, weights, config)
-    blocks.logits(graph, normed, table, config.vocabulary, config.hidden, config.soft_cap)
+    blocks.logits(graph, normed, table, config.soft_cap)
 
 
 def _attention(
@@ -208,9 +208,9 @@ def _norm(graph: GraphBuilder, weights: Weights, name: str, size: int) -> ir.Val
     return graph.weight(f"{name}.weight", (size,), lambda: [1.0 + weights.read(f"{name}.weight", (size,))])
 
 
-def _head(graph: GraphBuilder, weights: Weights, config: Config) -> ir.Value:
+def _head(graph: GraphBuilder, weights: Weights, config: Config) -> blocks.Table:
     shape = (config.vocabulary, config.hidden)
-    return graph.weight("lm_head.weight", shape, lambda: weights.read_rows("lm_head.weight", shape))
+    return blocks.table(graph, weights, "lm_head.weight", "lm_head.weight", shape)
 
 
 def finish(checkpoint: Checkpoint, weights: Weights, config: Config, options: ExportOptions) -> Facts:

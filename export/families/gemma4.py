@@ -8,7 +8,6 @@ Formulas: transformers `modeling_gemma4.py` (Gemma4TextDecoderLayer, Gemma4TextA
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 
 import numpy as np
 import onnx_ir as ir
@@ -40,13 +39,13 @@ def build_embed(graph: GraphBuilder, weights: Weights, config: Config, options: 
     for name, identifier in config.media_ids.items():
         is_medium = graph.op("Equal", ids, graph.constant(np.array(identifier, np.int64), f"{name}_id"))
         ids = graph.op("Where", is_medium, padding, ids, name=f"pad_{name}")
-    rows = graph.op("Gather", _table(graph, weights, text), ids, name="embed_tokens")
+    rows = blocks.lookup(graph, _table(graph, weights, text), ids, "embed_tokens")
     embeddings = blocks.constant_scale(graph, rows, float(text.hidden) ** 0.5, "scale_embeddings")
     graph.output(embeddings, "inputs_embeds", FLOAT, [1, "tokens", text.hidden])
     if text.per_layer:
         width = len(text.layers) * text.per_layer
         table = _rows(graph, weights, "embed_tokens_per_layer.weight", (text.per_layer_vocabulary, width))
-        rows = graph.op("Gather", table, ids, name="embed_tokens_per_layer")
+        rows = blocks.lookup(graph, table, ids, "embed_tokens_per_layer")
         rows = blocks.constant_scale(graph, rows, float(text.per_layer) ** 0.5, "scale_per_layer")
         graph.output(rows, "per_layer_inputs", FLOAT, [1, "tokens", width])
 
@@ -94,7 +93,7 @@ def build_decoder(graph: GraphBuilder, weights: Weights, config: Config, options
         if text.tied
         else _rows(graph, weights, "lm_head.weight", (text.vocabulary, text.hidden))
     )
-    blocks.logits(graph, normed, table, text.vocabulary, text.hidden, text.soft_cap)
+    blocks.logits(graph, normed, table, text.soft_cap)
 
 
 # --- attention
@@ -192,12 +191,8 @@ def _per_layer_inputs(
     width, count = text.per_layer, len(layers)
     name, shape = "text.per_layer_model_projection.weight", (len(text.layers) * width, text.hidden)
     first, last = layers.start * width, layers.stop * width
-
-    def read_part() -> Iterable[np.ndarray]:
-        return [weights.read(name, shape)[first:last].T]
-
-    matrix = graph.weight(f"{name}.{layers.start}-{layers.stop}", (text.hidden, last - first), read_part)
-    context = graph.op("MatMul", embeddings, matrix, name="per_layer_model_projection")
+    key = f"text.per_layer_model_projection.{layers.start}-{layers.stop}.weight"
+    context = blocks.fused_linear(graph, embeddings, weights, [(name, shape[0])], shape[1], key, np.arange(first, last))
     context = blocks.constant_scale(graph, context, float(text.hidden) ** -0.5, "scale_projection")
     weight = _vector(graph, weights, "text.per_layer_projection_norm.weight", width)
     context = blocks.split_heads(graph, context, count, width, weight, "per_layer_projection_norm")
@@ -247,13 +242,12 @@ def _vector(graph: GraphBuilder, weights: Weights, name: str, size: int) -> ir.V
     return graph.weight(name, (size,), lambda: [weights.read(name, (size,))])
 
 
-def _table(graph: GraphBuilder, weights: Weights, text: TextConfig) -> ir.Value:
+def _table(graph: GraphBuilder, weights: Weights, text: TextConfig) -> blocks.Table:
     return _rows(graph, weights, "embed_tokens.weight", (text.vocabulary, text.hidden))
 
 
-def _rows(graph: GraphBuilder, weights: Weights, name: str, shape: tuple[int, int]) -> ir.Value:
-    source = name if name == "lm_head.weight" else f"text.{name}"
-    return graph.weight(name, shape, lambda: weights.read_rows(source, shape))
+def _rows(graph: GraphBuilder, weights: Weights, name: str, shape: tuple[int, int]) -> blocks.Table:
+    return blocks.table(graph, weights, name, name if name == "lm_head.weight" else f"text.{name}", shape)
 
 
 # --- facts

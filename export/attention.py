@@ -1,0 +1,251 @@
+"""Attention of decoders: inputs that the engine makes, state, masks, and the operator in its three uses.
+
+Causal attention over the state and the chunk (with or without a window), attention with blocks of tokens that see each
+other, and attention over another layer's state.
+
+Shapes in comments: S tokens of a chunk, T tokens so far, D hidden size, H query heads, G key/value heads, d head size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from .builder import FLOAT, INT32, INT64, MICROSOFT, GraphBuilder
+
+__all__ = [
+    "Attention",
+    "DecoderInputs",
+    "SharedRows",
+    "State",
+    "attention",
+    "block_bias",
+    "decoder_inputs",
+    "key_value_state",
+    "shared_attention",
+    "shared_rows",
+    "take_rows",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderInputs:
+    """Inputs that every decoder declares and the engine makes."""
+
+    embeddings: ir.Value  # float32 [1, S, D]
+    lengths: ir.Value  # int32 [1]: number of tokens after this chunk, minus one
+    total: ir.Value  # int32 []: number of tokens after this chunk
+    rows: ir.Value  # int64 [k]: rows of the chunk whose logits are wanted
+    block_ends: ir.Value | None  # int64 [S]: where the block of a row ends (absolute, exclusive), 0 outside of blocks
+
+
+def decoder_inputs(graph: GraphBuilder, hidden: int, *, blocks: bool = False) -> DecoderInputs:
+    """Declare the inputs; `blocks` for decoders in which tokens of a block (a picture, a prefix) see each other."""
+    return DecoderInputs(
+        graph.input("inputs_embeds", FLOAT, [1, "tokens", hidden]),
+        graph.input("seqlens_k", INT32, [1]),
+        graph.input("total_sequence_length", INT32, []),
+        graph.input("logit_rows", INT64, ["logit_rows"]),
+        graph.input("block_ends", INT64, ["tokens"]) if blocks else None,
+    )
+
+
+def block_bias(
+    graph: GraphBuilder, inputs: DecoderInputs, *, window: int | None = None, inside_window: bool = True
+) -> ir.Value:
+    """The mask of one kind of layer as a bias [1, 1, S, T]: 0 where row i may see column j, else far below any score.
+
+    With W the window and end_i the end of the block of row i (transformers masking_utils, `create_masks_for_*`):
+    `inside_window` (Gemma 3, Gemma 4 with bidirectional pictures): (j <= i or j < end_i) and j > i - W;
+    otherwise (PaliGemma): (j <= i and j > i - W) or j < end_i.
+    """
+    assert inputs.block_ends is not None
+    with graph.scope("mask.global" if window is None else "mask.window"):
+        zero, one, axis = (
+            graph.constant(np.array(value, np.int64), name) for value, name in ((0, "zero"), (1, "one"), ([1], "axis"))
+        )
+        total = graph.op("Cast", inputs.total, to=int(INT64))
+        columns = graph.op("Range", zero, total, one, name="columns")
+        tokens = graph.op("Squeeze", graph.op("Shape", inputs.embeddings, start=1, end=2))
+        rows = graph.op("Range", graph.op("Sub", total, tokens), total, one, name="rows")
+        rows = graph.op("Unsqueeze", rows, axis)
+        seen = graph.op("LessOrEqual", columns, rows, name="causal")
+        in_block = graph.op("Less", columns, graph.op("Unsqueeze", inputs.block_ends, axis), name="in_block")
+        if window is None:
+            seen = graph.op("Or", seen, in_block)
+        else:
+            first = graph.op("Sub", rows, graph.constant(np.array(window, np.int64), "window"))
+            near = graph.op("Greater", columns, first, name="in_window")
+            parts = (seen, in_block, near) if inside_window else (seen, near, in_block)
+            operators = ("Or", "And") if inside_window else ("And", "Or")
+            seen = graph.op(operators[1], graph.op(operators[0], parts[0], parts[1]), parts[2])
+        dtype = graph.plan.dtype.numpy()
+        # Half of the lowest number: adding a score must not make it infinite.
+        nothing, hidden = (
+            graph.constant(np.array(value, dtype), name)
+            for value, name in ((0, "visible"), (np.finfo(dtype).min / 2, "hidden"))
+        )
+        bias = graph.op("Where", seen, nothing, hidden)
+        bias = graph.op("Unsqueeze", bias, graph.constant(np.array([0, 1], np.int64), "batch_and_head"), name="bias")
+    return graph.mark_half(bias) if graph.plan.half else bias
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """Key and value buffers of one layer. `window` is None for a global layer."""
+
+    layer: int
+    past_key: ir.Value  # [1, G, capacity, d]
+    past_value: ir.Value
+    window: int | None
+    capacity: int | str
+
+
+def key_value_state(
+    graph: GraphBuilder, layer: int, heads: int, head_size: int, window: int | None, capacity: int | str
+) -> State:
+    """Declare the state inputs of a layer: a fixed capacity for windows, the symbol "capacity" for global layers."""
+    shape = [1, heads, capacity, head_size]
+    key = graph.input(f"past.{layer}.key", graph.plan.dtype, shape)
+    value = graph.input(f"past.{layer}.value", graph.plan.dtype, shape)
+    return State(layer, key, value, window, capacity)
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """Shape and scale of one layer's attention, with its rotary tables."""
+
+    heads: int
+    key_value_heads: int
+    head_size: int
+    scale: float
+    cos: ir.Value
+    sin: ir.Value
+    soft_cap: float | None = None  # scores become cap * tanh(score / cap), before the mask
+
+
+def attention(
+    graph: GraphBuilder,
+    query: ir.Value,
+    key: ir.Value,
+    value: ir.Value,
+    state: State,
+    inputs: DecoderInputs,
+    facts: Attention,
+    *,
+    bias: ir.Value | None = None,
+) -> tuple[ir.Value, ir.Value, ir.Value]:
+    """Attention over the state and the chunk; returns (output [1, S, H*d], present key, present value).
+
+    Causal, or with the mask `bias` (see `block_bias`). Keys are rotated by the operator before they enter the state.
+    The output has the dtype of the state.
+    """
+    if bias is not None and state.window is not None:
+        raise ValueError("a window buffer cannot have a mask: the operator would evict what a block still needs")
+    query, key, value = (_in_state_dtype(graph, part) for part in (query, key, value))
+    attributes: dict[str, float | int] = {}
+    if state.window is not None:
+        attributes = {"local_window_size": state.window, "sliding_window_cache": 1}
+    if bias is not None:
+        attributes["causal"] = 0
+    if facts.soft_cap is not None:
+        attributes["softcap"] = facts.soft_cap
+    output, present_key, present_value = graph.ops(
+        "GroupQueryAttention",
+        [
+            *(query, key, value, state.past_key, state.past_value),
+            *(inputs.lengths, inputs.total, facts.cos, facts.sin),
+            *((None, bias) if bias is not None else ()),
+        ],
+        3,
+        domain=MICROSOFT,
+        name="attention",
+        num_heads=facts.heads,
+        kv_num_heads=facts.key_value_heads,
+        scale=facts.scale,
+        do_rotary=1,
+        **attributes,
+    )
+    shape = [1, facts.key_value_heads, state.capacity, facts.head_size]
+    graph.output(present_key, f"present.{state.layer}.key", graph.plan.dtype, shape)
+    graph.output(present_value, f"present.{state.layer}.value", graph.plan.dtype, shape)
+    return _typed(graph, output), present_key, present_value
+
+
+def _in_state_dtype(graph: GraphBuilder, value: ir.Value) -> ir.Value:
+    return graph.half(value) if graph.plan.half else value
+
+
+def _typed(graph: GraphBuilder, value: ir.Value) -> ir.Value:
+    return graph.mark_half(value) if graph.plan.half else value
+
+
+@dataclass(frozen=True, slots=True)
+class SharedRows:
+    """What attention over another layer's state needs to know about the rows that are still computed."""
+
+    positions: ir.Value  # int64 [1, k], absolute
+    total: ir.Value  # int32 []
+    lengths: ir.Value  # int32 [1]
+    window_total: ir.Value | None = None
+    window_lengths: ir.Value | None = None
+
+
+def shared_rows(graph: GraphBuilder, inputs: DecoderInputs, window: int | None) -> SharedRows:
+    """Positions and visible lengths of the logit rows for layers that own no keys and values."""
+    tokens = graph.op("Shape", inputs.embeddings, start=1, end=2)
+    total = graph.op("Cast", inputs.total, to=int(INT64))
+    positions = graph.op("Add", inputs.rows, graph.op("Sub", total, tokens), name="positions")
+    positions = graph.op("Unsqueeze", positions, graph.constant(np.array([0], np.int64), "axis"))
+    if window is None:
+        return SharedRows(positions, inputs.total, inputs.lengths)
+    # A window buffer of capacity W holds exactly the min(T, W) latest positions, in order from row 0.
+    window_total = graph.op(
+        "Min", inputs.total, graph.constant(np.array(window, np.int32), "window"), name="window_total"
+    )
+    last = graph.constant(np.array(window - 1, np.int32), "window_last")
+    window_lengths = graph.op("Min", inputs.lengths, last, name="window_lengths")
+    return SharedRows(positions, inputs.total, inputs.lengths, window_total, window_lengths)
+
+
+def shared_attention(
+    graph: GraphBuilder,
+    query: ir.Value,
+    present: tuple[ir.Value, ir.Value],
+    rows: SharedRows,
+    facts: Attention,
+    windowed: bool,
+) -> ir.Value:
+    """Attention of a layer that reads another layer's keys and values (Gemma 4 E2B / E4B).
+
+    Key and value are passed with length zero and the source's `present` as a filled past. The query is rotated before
+    the operator, because in a window buffer row numbers are not positions. There are no present outputs: declaring
+    them makes the operator copy the buffers.
+    """
+    query = graph.op(
+        *("RotaryEmbedding", _in_state_dtype(graph, query), rows.positions, facts.cos, facts.sin),
+        domain=MICROSOFT,
+        num_heads=facts.heads,
+    )
+    width, dtype = facts.key_value_heads * facts.head_size, graph.plan.dtype
+    empty = graph.weight(f"empty.{width}", (1, 0, width), lambda: [np.zeros((1, 0, width), dtype.numpy())], dtype)
+    lengths, total = (rows.window_lengths, rows.window_total) if windowed else (rows.lengths, rows.total)
+    output = graph.op(
+        "GroupQueryAttention",
+        *(query, empty, empty, *present, lengths, total),
+        domain=MICROSOFT,
+        name="attention",
+        num_heads=facts.heads,
+        kv_num_heads=facts.key_value_heads,
+        scale=facts.scale,
+        do_rotary=0,
+    )
+    return _typed(graph, output)
+
+
+def take_rows(graph: GraphBuilder, x: ir.Value, inputs: DecoderInputs, name: str) -> ir.Value:
+    """[1, S, D] -> [1, k, D]: from here on only the rows whose logits are wanted are computed."""
+    rows = graph.op("Gather", x, inputs.rows, axis=1, name=name)
+    return graph.mark_half(rows) if graph.is_half(x) else graph.set_bound(rows, graph.bound(x))
