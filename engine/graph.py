@@ -63,9 +63,10 @@ def available_devices() -> list[str]:
     return [kind for kind, provider in _PROVIDERS.items() if provider in providers]
 
 
-def resolve_device(name: str, target: str) -> Device:
+def resolve_device(name: str, target: str, *, foreign: bool = False) -> Device:
     """Turn "auto", "cpu", "cuda" or "cuda:N" into a device for a bundle exported for `target`.
 
+    `foreign` accepts a device that the bundle is not made for: exact enough to check a bundle, far too slow to use one.
     Raises DeviceError when the device does not exist or the bundle is not made for it: there is no silent fallback.
     """
     kind, _, index = name.partition(":")
@@ -79,7 +80,7 @@ def resolve_device(name: str, target: str) -> Device:
             f"device {kind!r} was asked for, but onnxruntime {onnxruntime.__version__} here has only "
             f"{', '.join(available_devices())}{hint}"
         )
-    if kind != target:
+    if kind != target and not foreign:
         raise DeviceError(f"this bundle was exported for {target!r} and cannot run on {kind!r}")
     return Device(kind, int(index or 0))
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from .bundle import Bundle
 from .errors import BundleError, ModelOutputError
+from .graph import available_devices
 from .image_policy import POLICIES
 from .runtime import Runtime, SoftTokens
 
@@ -35,7 +36,9 @@ def formula_picture(height: int, width: int) -> np.ndarray:
 
 def record(bundle: Bundle) -> dict[str, Any]:
     """Run `bundle` where it was exported and return the content of its self_test.json."""
-    runtime = Runtime(bundle, device="cpu" if bundle.manifest.target == "cpu" else "auto", prepack=False)
+    # A machine without a GPU records the self-test of a GPU bundle on its CPU: same graphs, same weights.
+    here = bundle.manifest.target in available_devices()
+    runtime = Runtime(bundle, device="auto" if here else "cpu", prepack=False, foreign=not here)
     return {"format": 1, "cases": [_record_case(runtime, case) for case in _cases(runtime)]}
 
 

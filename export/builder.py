@@ -39,6 +39,7 @@ class WeightsFile:
         self._file = path.open("xb")
         self._hash = hashlib.sha256()
         self._tensors: dict[str, ir.ExternalTensor] = {}
+        self.small: dict[str, np.ndarray] = {}  # by key: tensors that graphs store inside their own files
         self.recorded: dict[str, float] = {}  # by key: the largest row or entry of what was stored
 
     @property
@@ -155,23 +156,23 @@ class GraphBuilder:
         shape: Sequence[int],
         read: Callable[[], Iterable[np.ndarray]],
         dtype: ir.DataType = FLOAT,
-        *,
-        inline: bool = True,
     ) -> ir.Value:
         """An initializer from the weights file; `read` is called only if no graph has stored `key` before.
 
-        Tensors under INLINE_BYTES are stored inside the graph file instead, unless `inline` is false.
+        Tensors under INLINE_BYTES are stored inside the graph files instead.
         """
         known = self._graph.initializers.get(key)
         if known is not None:
             return known
         if len(shape) == 1:
             read = self._recording(key, read)
-        if inline and int(np.prod(shape, dtype=np.int64)) * dtype.itemsize < INLINE_BYTES:
-            array = np.concatenate(list(read()))
-            if array.shape != tuple(shape):
-                raise ExportError(f"weight {key!r} has shape {list(array.shape)}, the graph needs {list(shape)}")
-            return self._initializer(key, ir.tensor(np.asarray(array, order="C"), name=key))
+        if int(np.prod(shape, dtype=np.int64)) * dtype.itemsize < INLINE_BYTES:
+            if key not in self._weights.small:
+                array = np.concatenate(list(read()))
+                if array.size != np.prod(shape, dtype=np.int64):
+                    raise ExportError(f"weight {key!r} has shape {list(array.shape)}, the graph needs {list(shape)}")
+                self._weights.small[key] = np.asarray(array.reshape(shape), order="C")
+            return self._initializer(key, ir.tensor(self._weights.small[key], name=key))
         return self._initializer(key, self._weights.put(key, shape, dtype, read()))
 
     def _recording(self, key: str, read: Callable[[], Iterable[np.ndarray]]) -> Callable[[], Iterable[np.ndarray]]:
@@ -190,13 +191,17 @@ class GraphBuilder:
         if known is not None:
             return known
         tensor = value.const_value
-        assert isinstance(tensor, ir.ExternalTensor)
+        assert tensor is not None
         size, given = int(np.prod(tensor.shape.numpy())), int(np.prod([side for side in shape if side != -1]))
         full = [size // given if side == -1 else side for side in shape]
+        if not isinstance(tensor, ir.ExternalTensor):
+            return self._initializer(key, ir.tensor(tensor.numpy().reshape(full), name=key))
         same = ir.ExternalTensor(
-            tensor.location, tensor.offset, tensor.length, tensor.dtype, shape=ir.Shape(full), name=key,
+            *(tensor.location, tensor.offset, tensor.length, tensor.dtype),
+            shape=ir.Shape(full),
+            name=key,
             base_dir=tensor.base_dir,
-        )  # fmt: skip
+        )
         return self._initializer(key, same)
 
     # --- what float16 products need to know

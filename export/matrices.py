@@ -246,9 +246,9 @@ def block_weights(
         graph.record(key, largest)
 
     layout = (shape[0], count, storage.block * storage.bits // 8)
-    stored = graph.weight(f"{key}.codes", layout, codes, UINT8, inline=False)
+    stored = graph.weight(f"{key}.codes", layout, codes, UINT8)
     dtype = FLOAT16 if graph.plan.half else FLOAT
-    return stored, graph.weight(f"{key}.scales", (shape[0], count), lambda: scales, dtype, inline=False)
+    return stored, graph.weight(f"{key}.scales", (shape[0], count), lambda: scales, dtype)
 
 
 def _join(blocks: list[Blocks], order: np.ndarray | None) -> Blocks:
