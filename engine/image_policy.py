@@ -62,7 +62,7 @@ def resize(pixels: npt.NDArray[np.uint8], height: int, width: int, resample: str
 def _aspect_patches(height: int, width: int, facts: ImageFacts, budget: int | None) -> Layout:
     """Fill a token budget and keep the aspect ratio (Gemma 4); see `geometry.aspect_patches_size`."""
     budget = facts.default_budget if budget is None else budget
-    if not isinstance(budget, (int, np.integer)) or budget not in facts.budgets:  # 70.0 equals 70
+    if not _is_among(budget, facts.budgets):
         allowed = ", ".join(map(str, facts.budgets))
         raise ImageError(f"an image budget of {budget} soft tokens is not possible, this bundle allows {allowed}")
     try:
@@ -77,4 +77,22 @@ def _aspect_patches(height: int, width: int, facts: ImageFacts, budget: int | No
     return Layout(new_height, new_width, soft_tokens)
 
 
-POLICIES: dict[str, Policy] = {"aspect_patches": Policy(layout=_aspect_patches)}
+def _squash(height: int, width: int, facts: ImageFacts, budget: int | None) -> Layout:
+    """One square size for every image, whatever its aspect ratio (PaliGemma, Gemma 3)."""
+    [only] = facts.budgets
+    if budget is not None and not _is_among(budget, facts.budgets):
+        raise ImageError(
+            f"an image budget of {budget} soft tokens is not possible, this bundle has one image size of {only}"
+        )
+    if height < 1 or width < 1:
+        raise ImageError(f"{width}x{height} pixels: both sides must be at least 1")
+    side = geometry.squash_side(patch_size=facts.patch_size, pool_size=facts.pool_size, budget=only)
+    return Layout(side, side, only)
+
+
+def _is_among(budget: object, budgets: tuple[int, ...]) -> bool:
+    """Whether an integer is one of the budgets; 70.0 equals 70 and is refused."""
+    return isinstance(budget, (int, np.integer)) and budget in budgets
+
+
+POLICIES: dict[str, Policy] = {"aspect_patches": Policy(layout=_aspect_patches), "squash": Policy(layout=_squash)}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import sys
 import types
 import typing
@@ -25,6 +26,7 @@ __all__ = [
     "FileFact",
     "ImageFacts",
     "Manifest",
+    "PanAndScanFacts",
     "PlaceholderFacts",
     "PromptFacts",
     "ReplyFacts",
@@ -43,7 +45,11 @@ FILES = ("vision", "embed", "decoder", "weights", "tokenizer", "chat_template", 
 # What this engine can do. A bundle lists what it needs in `requires`; anything else is refused by name.
 MECHANISMS: frozenset[str] = frozenset(
     {
+        "attention:image_blocks",  # each run of soft tokens sees all of itself: the engine makes `block_ends`
+        "attention:prefix",  # the whole prompt sees all of itself: the engine makes `block_ends`
         "image:aspect_patches",  # resize to fill a token budget, whole multiples of patch*pool on both sides
+        "image:squash",  # resize to one square size, whatever the aspect ratio
+        "prompt:media_first",  # all media, the beginning-of-sequence token, the text, then `prompt.end`
         "state:global",  # one growing key/value buffer per layer
         "state:window",  # a buffer of fixed capacity; the operator evicts, see GroupQueryAttention sliding_window_cache
         "logit_rows:any",  # any prompt rows may ask for logits
@@ -62,15 +68,36 @@ class FileFact:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ImageFacts:
-    """How pixels become patches. Normalisation is not here: it is folded into the vision graph."""
+class PanAndScanFacts:
+    """When and how a picture is also shown in crops, if a request asks for it; see `geometry.pan_and_scan_crops`.
 
-    policy: str  # "aspect_patches"
+    In the prompt the placeholder of the picture becomes before_full + full + before_crops + crops, where `full` and
+    each crop are expanded as a picture of their own is and between two crops stands `between_crops`.
+    """
+
+    min_crop: int  # pixels; crops with a shorter side are not made
+    max_crops: int
+    min_ratio: float  # long side over short side from which a picture is cut
+    before_full: str
+    before_crops: str
+    between_crops: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageFacts:
+    """How pixels become patches. Normalisation is not here: it is folded into the vision graph.
+
+    A "squash" bundle has one budget, the square of the number of soft tokens on a side. `pan_and_scan` is null for
+    models that were not trained with crops.
+    """
+
+    policy: str  # "aspect_patches" | "squash"
     patch_size: int  # side of a patch in pixels
     pool_size: int  # patches per side of one soft token
     budgets: tuple[int, ...]  # allowed numbers of soft tokens, ascending
     default_budget: int
     resample: str  # "bicubic" | "bilinear", Pillow's antialiased filters on uint8
+    pan_and_scan: PanAndScanFacts | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,9 +112,15 @@ class PlaceholderFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptFacts:
-    """Prompt facts. `begin` is the beginning-of-sequence token; `image` is null for a text-only bundle."""
+    """Prompt facts. `begin` is the beginning-of-sequence token; `image` is null for a text-only bundle.
+
+    `layout` is "inline" (begin, then text and media in their order, by the chat template) or "media_first" (all media,
+    begin, text, `end`; no template). `end` is text behind the question, "" for "inline".
+    """
 
     begin: str
+    layout: str = "inline"
+    end: str = ""
     image: PlaceholderFacts | None
 
 
@@ -121,11 +154,17 @@ class SamplingFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """All facts of a bundle. Field names are the keys of `siglance.json`, in this order."""
+    """All facts of a bundle. Field names are the keys of `siglance.json`, in this order.
+
+    `source` and `revision` say what was exported: the id on the hub or the name of a folder or file, and the commit of
+    the hub repository, null where there is none. They are for people, like `family` and `name`.
+    """
 
     format: int
     family: str
     name: str
+    source: str
+    revision: str | None
     target: str  # "cpu" | "cuda"
     precision: str  # "fp32", later others; for people
     requires: tuple[str, ...]
@@ -221,26 +260,23 @@ def _build_dataclass(kind: type, value: Any, where: str) -> Any:
 def _check(manifest: Manifest) -> None:
     """Values that types cannot express."""
 
-    def require(condition: bool, key: str, value: object, wanted: str) -> None:
-        if not condition:
-            raise BundleError(f"{MANIFEST_NAME}: '{key}' is {value!r}, expected {wanted}")
-
-    require(manifest.target in ("cpu", "cuda"), "target", manifest.target, "'cpu' or 'cuda'")
-    require(manifest.context > 0, "context", manifest.context, "a positive number of tokens")
+    _require(manifest.target in ("cpu", "cuda"), "target", manifest.target, "'cpu' or 'cuda'")
+    _require(manifest.context > 0, "context", manifest.context, "a positive number of tokens")
     for name in manifest.files:
-        require(name in FILES, "files", name, f"one of {', '.join(FILES)}")
+        _require(name in FILES, "files", name, f"one of {', '.join(FILES)}")
     for name in ("embed", "decoder", "tokenizer"):
-        require(name in manifest.files, "files", sorted(manifest.files), f"an entry '{name}'")
-    require(
+        _require(name in manifest.files, "files", sorted(manifest.files), f"an entry '{name}'")
+    _require(
         manifest.reply.boxes in ("box_2d", "loc", "none"),
         "reply.boxes",
         manifest.reply.boxes,
         "'box_2d', 'loc' or 'none'",
     )
     for index, pair in enumerate(manifest.state):
-        require(pair.kind in ("global", "window"), f"state[{index}].kind", pair.kind, "'global' or 'window'")
+        _require(pair.kind in ("global", "window"), f"state[{index}].kind", pair.kind, "'global' or 'window'")
     known = "text" in manifest.modalities and set(manifest.modalities) <= {"text", "image"}
-    require(known, "modalities", manifest.modalities, "'text', or 'text' and 'image'")
+    _require(known, "modalities", manifest.modalities, "'text', or 'text' and 'image'")
+    _check_requires(manifest)
     sampling = manifest.sampling
     for key, value, highest in (
         ("temperature", sampling.temperature, sys.float_info.max),
@@ -248,24 +284,60 @@ def _check(manifest: Manifest) -> None:
         ("top_p", sampling.top_p, 1),
         ("min_p", sampling.min_p, 1),
     ):
-        require(value is None or 0 <= value <= highest, f"sampling.{key}", value, f"a number from 0 to {highest:g}")
+        _require(value is None or 0 <= value <= highest, f"sampling.{key}", value, f"a number from 0 to {highest:g}")
     has_image = "image" in manifest.modalities
     for key, present in (
         ("image", manifest.image is not None),
         ("prompt.image", manifest.prompt.image is not None),
         ("files.vision", "vision" in manifest.files),
     ):
-        require(present == has_image, key, present, f"presence to follow 'image' in modalities ({has_image})")
+        _require(present == has_image, key, present, f"presence to follow 'image' in modalities ({has_image})")
+    _check_prompt(manifest)
     if manifest.image is not None:
-        facts = manifest.image
-        mechanism = f"image:{facts.policy}"
-        require(mechanism in manifest.requires, "requires", manifest.requires, f"{mechanism!r} among them")
-        require(facts.patch_size > 0 and facts.pool_size > 0, "image", facts, "positive patch and pool sizes")
-        require(bool(facts.budgets) and min(facts.budgets) > 0, "image.budgets", facts.budgets, "positive budgets")
-        require(
-            facts.default_budget in facts.budgets,
-            "image.default_budget",
-            facts.default_budget,
-            f"one of {facts.budgets}",
-        )
-        require(facts.resample in ("bicubic", "bilinear"), "image.resample", facts.resample, "'bicubic' or 'bilinear'")
+        _check_image(manifest.image, manifest.requires)
+
+
+def _require(condition: bool, key: str, value: object, wanted: str) -> None:
+    if not condition:
+        raise BundleError(f"{MANIFEST_NAME}: '{key}' is {value!r}, expected {wanted}")
+
+
+def _check_requires(manifest: Manifest) -> None:
+    """Mechanisms that exclude each other."""
+    attention = [name for name in manifest.requires if name.startswith("attention:")]
+    _require(len(attention) <= 1, "requires", manifest.requires, "one kind of attention")
+    # Where later layers see one row of a chunk, no row of a block could be asked for logits except the last.
+    last_row = "logit_rows:last" in manifest.requires
+    _require(not (attention and last_row), "requires", manifest.requires, "'logit_rows:any' beside blocks of attention")
+
+
+def _check_prompt(manifest: Manifest) -> None:
+    facts = manifest.prompt
+    _require(facts.layout in ("inline", "media_first"), "prompt.layout", facts.layout, "'inline' or 'media_first'")
+    first = facts.layout == "media_first"
+    needs = "prompt:media_first" in manifest.requires
+    _require(
+        needs == first, "requires", manifest.requires, f"'prompt:media_first' to follow the layout {facts.layout!r}"
+    )
+    _require(first or not facts.end, "prompt.end", facts.end, "\"\" for the layout 'inline'")
+    template = "chat_template" in manifest.files
+    _require(
+        not (first and template), "files", sorted(manifest.files), "no chat template with the layout 'media_first'"
+    )
+
+
+def _check_image(facts: ImageFacts, requires: tuple[str, ...]) -> None:
+    mechanism = f"image:{facts.policy}"
+    _require(mechanism in requires, "requires", requires, f"{mechanism!r} among them")
+    _require(facts.patch_size > 0 and facts.pool_size > 0, "image", facts, "positive patch and pool sizes")
+    _require(bool(facts.budgets) and min(facts.budgets) > 0, "image.budgets", facts.budgets, "positive budgets")
+    one_of = f"one of {facts.budgets}"
+    _require(facts.default_budget in facts.budgets, "image.default_budget", facts.default_budget, one_of)
+    _require(facts.resample in ("bicubic", "bilinear"), "image.resample", facts.resample, "'bicubic' or 'bilinear'")
+    if facts.policy == "squash":
+        square = math.isqrt(facts.default_budget) ** 2
+        _require(facts.budgets == (square,), "image.budgets", facts.budgets, "one square number of soft tokens")
+    crops = facts.pan_and_scan
+    if crops is not None:
+        _require(crops.min_crop > 0 and crops.max_crops > 1, "image.pan_and_scan", crops, "positive sizes and crops")
+        _require(crops.min_ratio >= 1, "image.pan_and_scan.min_ratio", crops.min_ratio, "a number from 1 up")

@@ -22,6 +22,9 @@ __all__ = ["PREFILL_CHUNK", "Runtime", "Session", "SoftTokens"]
 PREFILL_CHUNK = 512  # tokens of the prompt that run at once: bounds the memory of activations
 
 _MADE_BY_ENGINE = ("seqlens_k", "total_sequence_length", "logit_rows")
+_BLOCK_ENDS = "block_ends"
+# Mechanisms with which the decoder declares `block_ends`; without one of them attention is causal.
+_BLOCKS = frozenset({"attention:image_blocks", "attention:prefix"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,12 +38,21 @@ class SoftTokens:
 class Runtime:
     """The loaded graphs of a bundle. Stateless between sequences; a `Session` is one sequence.
 
-    `prepack=False` trades speed for memory: weights stay mapped from the file.
+    `prepack=False` trades speed for memory: weights stay mapped from the file. `foreign` accepts a device that the
+    bundle is not made for, see `resolve_device`.
     """
 
-    def __init__(self, bundle: Bundle, *, device: str = "auto", threads: int | None = None, prepack: bool = True):
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        device: str = "auto",
+        threads: int | None = None,
+        prepack: bool = True,
+        foreign: bool = False,
+    ):
         self.manifest = bundle.manifest
-        self.device: Device = resolve_device(device, bundle.manifest.target)
+        self.device: Device = resolve_device(device, bundle.manifest.target, foreign=foreign)
         graphs = {
             # Looking up rows is no work for several threads, and idle ones would spin beside the decoder's.
             name: Graph(bundle.path(name), self.device, threads=1 if name == "embed" else threads, prepack=prepack)
@@ -85,7 +97,7 @@ class Runtime:
                     raise BundleError(f"graph {graph.name!r} has no output {name!r} of known width")
         check_state(decoder, self.manifest.state)
         for name, facts in decoder.inputs.items():
-            if name in state_inputs or name in _MADE_BY_ENGINE:
+            if name in state_inputs or name in _MADE_BY_ENGINE or name == _BLOCK_ENDS:
                 continue
             source = embed.outputs.get(name)
             if source is None:
@@ -95,6 +107,7 @@ class Runtime:
         missing = [name for name in _MADE_BY_ENGINE if name not in decoder.inputs]
         if missing:
             raise BundleError(f"the decoder graph does not declare {', '.join(missing)}")
+        _check_block_ends(decoder, self.manifest.requires)
         if "input_ids" not in embed.inputs:
             raise BundleError("the embed graph has no input 'input_ids'")
         if self.vision is not None and self.manifest.image is not None:
@@ -103,6 +116,23 @@ class Runtime:
 
 def _has_width(facts: TensorFacts) -> bool:
     return bool(facts.shape) and isinstance(facts.shape[-1], int)
+
+
+def _check_block_ends(decoder: Graph, requires: Sequence[str]) -> None:
+    """Raise BundleError unless the graph declares `block_ends` if, and only if, the manifest names what blocks are."""
+    facts = decoder.inputs.get(_BLOCK_ENDS)
+    if facts is None and not _BLOCKS.isdisjoint(requires):
+        raise BundleError(
+            f"the manifest requires {min(_BLOCKS.intersection(requires))!r}, but the decoder graph has no input "
+            f"{_BLOCK_ENDS!r}"
+        )
+    if facts is not None and _BLOCKS.isdisjoint(requires):
+        raise BundleError(
+            f"the decoder graph has the input {_BLOCK_ENDS!r}, but the manifest requires none of "
+            f"{', '.join(map(repr, sorted(_BLOCKS)))}"
+        )
+    if facts is not None and (facts.dtype is not np.int64 or len(facts.shape) != 1):
+        raise BundleError(f"decoder input {_BLOCK_ENDS!r} is {facts}, expected int64 [tokens]")
 
 
 def _check_vision(vision: Graph, image: ImageFacts, embeddings: TensorFacts) -> None:
@@ -125,6 +155,7 @@ class Session:
         self._runtime = runtime
         self._state = DecoderState(runtime.decoder, runtime.manifest.state, runtime.manifest.context)
         self._wires = [name for name in runtime.decoder.inputs if name in runtime.embed.outputs]
+        self._has_blocks = _BLOCK_ENDS in runtime.decoder.inputs
         self._binding = runtime.decoder.bind()
 
     @property
@@ -145,13 +176,18 @@ class Session:
     def prefill_chunks(
         self, ids: np.ndarray, soft: Sequence[SoftTokens] = (), *, chunk: int = PREFILL_CHUNK
     ) -> Iterator[np.ndarray]:
-        """Like `prefill`, yielding the logits of each chunk's last row, so that a caller can stop in between."""
+        """Like `prefill`, yielding the logits of each chunk's last row, so that a caller can stop in between.
+
+        A chunk may be shorter or longer than `chunk` so that no block of mutually visible rows is cut.
+        """
         if chunk < 1:
             raise InputError(f"the prefill chunk is {chunk}, it must be at least 1")
+        blocks = self._blocks(len(ids), soft)
         self._state.reserve(len(ids))
-        for start in range(0, len(ids), chunk):
-            part = ids[start : start + chunk]
-            yield self._run(part, self._splice(part, start, soft), np.array([len(part) - 1], np.int64))[0]
+        for start, stop in _chunks(len(ids), chunk, blocks):
+            wires = self._splice(ids[start:stop], start, soft)
+            last = np.array([stop - start - 1], np.int64)
+            yield self._run(wires, _block_ends(start, stop, blocks, self.length), last)[0]
 
     def prompt_logits(self, ids: np.ndarray, soft: Sequence[SoftTokens] = ()) -> np.ndarray:
         """Logits of every prompt row, float32 [L, V].
@@ -159,20 +195,27 @@ class Session:
         Bundles whose later layers see only the last row of a chunk ("logit_rows:last") are run one token at a time.
         """
         any_rows = "logit_rows:any" in self._runtime.manifest.requires
-        chunk = PREFILL_CHUNK if any_rows else 1
+        blocks = self._blocks(len(ids), soft)
         self._state.reserve(len(ids))
         rows = np.empty((len(ids), self._runtime.vocabulary), np.float32)
-        for start in range(0, len(ids), chunk):
-            part = ids[start : start + chunk]
-            wanted = np.arange(len(part), dtype=np.int64)
-            rows[start : start + len(part)] = self._run(part, self._splice(part, start, soft), wanted)
+        for start, stop in _chunks(len(ids), PREFILL_CHUNK if any_rows else 1, blocks):
+            wires = self._splice(ids[start:stop], start, soft)
+            wanted = np.arange(stop - start, dtype=np.int64)
+            self._run(wires, _block_ends(start, stop, blocks, self.length), wanted, into=rows[start:stop])
         return rows
 
     def step(self, token: int) -> np.ndarray:
         """Append one token and return the logits that follow it, float32 [V]."""
         self._state.reserve(1)
         ids = np.array([token], np.int64)
-        return self._run(ids, self._splice(ids, 0, ()), np.zeros(1, np.int64))[0]
+        return self._run(self._splice(ids, 0, ()), np.zeros(1, np.int64), np.zeros(1, np.int64))[0]
+
+    def _blocks(self, length: int, soft: Sequence[SoftTokens]) -> list[_Block]:
+        """The blocks of mutually visible rows in a prompt of `length` rows, as the bundle's mechanism defines them."""
+        requires = self._runtime.manifest.requires
+        if "attention:prefix" in requires:
+            return [(0, length)]
+        return _soft_runs(soft) if "attention:image_blocks" in requires else []
 
     def _splice(self, ids: np.ndarray, start: int, soft: Sequence[SoftTokens]) -> dict[str, np.ndarray]:
         """The wires of a chunk that begins at prompt row `start`, soft tokens in place."""
@@ -184,18 +227,70 @@ class Session:
                 rows[0, first - start : stop - start] = block.values[first - block.start : stop - block.start]
         return wires
 
-    def _run(self, ids: np.ndarray, wires: dict[str, np.ndarray], wanted: np.ndarray) -> np.ndarray:
-        """Run one chunk through the decoder; returns logits [len(wanted), V]. The state grows only if that succeeds."""
-        total = self._state.length + len(ids)
-        logits = np.empty((len(wanted), self._runtime.vocabulary), np.float32)
+    def _run(
+        self,
+        wires: dict[str, np.ndarray],
+        block_ends: np.ndarray,
+        wanted: np.ndarray,
+        into: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """Run one chunk through the decoder; returns logits [len(wanted), V], in `into` if it is given.
+
+        The state grows only if that succeeds.
+        """
+        total = self._state.length + len(block_ends)
+        logits = np.empty((len(wanted), self._runtime.vocabulary), np.float32) if into is None else into
         binding = self._binding
         for name in self._wires:
             binding.bind_cpu_input(name, wires[name])
         binding.bind_cpu_input("seqlens_k", np.array([total - 1], np.int32))
         binding.bind_cpu_input("total_sequence_length", np.array(total, np.int32))
         binding.bind_cpu_input("logit_rows", wanted)
+        if self._has_blocks:
+            binding.bind_cpu_input(_BLOCK_ENDS, block_ends)
         self._state.bind(binding)
         binding.bind_ortvalue_output("logits", tensor(logits))
         self._runtime.decoder.run_bound(binding)
         self._state.length = total
         return logits
+
+
+_Block = tuple[int, int]  # first row and the row after the last, counted from the start of the prompt
+
+
+def _soft_runs(soft: Sequence[SoftTokens]) -> list[_Block]:
+    """The longest runs of consecutive soft tokens: pictures without a token between them are one run."""
+    runs: list[_Block] = []
+    for first, end in sorted((block.start, block.start + len(block.values)) for block in soft):
+        if runs and runs[-1][1] == first:
+            runs[-1] = (runs[-1][0], end)
+        else:
+            runs.append((first, end))
+    return runs
+
+
+def _chunks(length: int, chunk: int, blocks: Sequence[_Block]) -> Iterator[tuple[int, int]]:
+    """Cut `length` rows into (start, stop) of at most `chunk` rows, and never inside a block.
+
+    Rows of a block see its later rows, so the whole block must be there when they run. A chunk ends before a block
+    that it cannot hold; a block that is longer than a chunk is a chunk by itself.
+    """
+    start = 0
+    while start < length:
+        stop = min(start + chunk, length)
+        for first, end in blocks:
+            if first < stop < end:
+                stop = first if first > start else end
+        yield start, stop
+        start = stop
+
+
+def _block_ends(start: int, stop: int, blocks: Sequence[_Block], base: int) -> np.ndarray:
+    """For rows start..stop of a prompt the end of their block, 0 outside of blocks: int64 [stop - start].
+
+    Ends are positions in the sequence: row `start` stands at position `base`.
+    """
+    ends = np.zeros(stop - start, np.int64)
+    for first, end in blocks:
+        ends[max(first - start, 0) : max(end - start, 0)] = end - start + base
+    return ends

@@ -14,6 +14,7 @@ import json
 import multiprocessing
 import os
 import platform
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -44,6 +45,7 @@ from .sources import open_source
 __all__ = ["ExportReport", "export"]
 
 Result = TypeVar("Result")
+_TOKEN = re.compile(r"<[^<>\s]+>")  # the tokens in what surrounds a picture, which may have line breaks in it too
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,6 +147,10 @@ def _write(
             summaries[graph_name] = graph.summary()
     facts = family.finish(checkpoint, weights, config, options)
     weights.check_all_used()
+    if facts.layout == "media_first" and "chat_template" in texts:
+        (
+            folder / texts.pop("chat_template")
+        ).unlink()  # the model has no turns; a repository may carry one all the same
     files = {graph_name: _file_fact(folder / f"{graph_name}.onnx") for graph_name in summaries}
     files["weights"] = FileFact(path="weights.bin", size=data.path.stat().st_size, sha256=data.sha256)
     files |= {key: _file_fact(folder / file) for key, file in texts.items()}
@@ -183,7 +189,8 @@ def _manifest(
     if not isinstance(begin, str):
         raise ExportError(f"tokenizer_config.json: bos_token {begin!r} is not a token")
     image = facts.image_prompt
-    required = [begin] + ([image.item, image.before, image.soft, image.after] if image else [])
+    spelled = image.item + image.before + image.soft + image.after if image else ""
+    required = [begin, *_TOKEN.findall(spelled)]
     ids = _in_child(tokenizer_ids, folder / "tokenizer.json", (*required, *facts.turn_ends))
     missing = [token for token in required if token not in ids]
     if missing:
@@ -209,7 +216,7 @@ def _manifest(
         stop_ids=tuple(sorted(stop_ids)),
         files=files,
         image=facts.image,
-        prompt=PromptFacts(begin=begin, image=image),
+        prompt=PromptFacts(begin=begin, layout=facts.layout, end=facts.prompt_end, image=image),
         reply=facts.reply,
         state=facts.state,
         sampling=_sampling(generation),

@@ -41,6 +41,8 @@ class Facts:
     image_prompt: PlaceholderFacts | None
     reply: ReplyFacts
     turn_ends: tuple[str, ...]  # tokens that end a model turn, beside the checkpoint's own end-of-sequence ids
+    layout: str = "inline"  # see PromptFacts; "media_first" bundles have no chat template
+    prompt_end: str = ""
     left_out: tuple[str, ...] = ()  # parts of the checkpoint that the bundle does not have, in words
 
 
