@@ -34,11 +34,11 @@ def formula_picture(height: int, width: int) -> np.ndarray:
     return np.stack(channels, axis=-1).astype(np.uint8)
 
 
-def record(bundle: Bundle) -> dict[str, Any]:
-    """Run `bundle` where it was exported and return the content of its self_test.json."""
+def record(bundle: Bundle, *, prepack: bool = False) -> dict[str, Any]:
+    """Run `bundle` where it was exported and return the content of its self_test.json; for `prepack` see `Runtime`."""
     # A machine without a GPU records the self-test of a GPU bundle on its CPU: same graphs, same weights.
     here = bundle.manifest.target in available_devices()
-    runtime = Runtime(bundle, device="auto" if here else "cpu", prepack=False, foreign=not here)
+    runtime = Runtime(bundle, device="auto" if here else "cpu", prepack=prepack, foreign=not here)
     return {"format": 1, "cases": [_record_case(runtime, case) for case in _cases(runtime)]}
 
 

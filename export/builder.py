@@ -240,6 +240,9 @@ class GraphBuilder:
 
     def save(self, path: Path, bundle_name: str) -> None:
         """Write the graph; a stray file can be traced through the bundle name in its metadata."""
+        for name, value in list(self._graph.initializers.items()):
+            if not value.uses():  # a table of which this graph reads only the alias
+                del self._graph.initializers[name]
         model = ir.Model(
             self._graph, ir_version=_IR_VERSION, producer_name="siglance", metadata_props={"bundle": bundle_name}
         )

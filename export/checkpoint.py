@@ -209,7 +209,10 @@ class Weights:
     """The tensors of a checkpoint under canonical names, with a record of which ones were used.
 
     `prefixes` maps a canonical prefix to the prefixes that checkpoints use for it, e.g. ("text.", ("model.", ...)).
+    `random` says that there is no checkpoint behind this: matrices are drawn in the format they are stored in.
     """
+
+    random = False
 
     def __init__(self, checkpoint: Checkpoint, prefixes: dict[str, tuple[str, ...]]):
         self._checkpoint = checkpoint
@@ -240,11 +243,6 @@ class Weights:
         resolved = self._resolve(name)
         self._expect(resolved, shape)
         return self._checkpoint.blocks(resolved)
-
-    @property
-    def random(self) -> bool:
-        """Whether there is no checkpoint behind this: matrices are drawn in the format they are stored in."""
-        return False
 
     def random_blocks(self, name: str, shape: tuple[int, int], storage: Storage) -> Blocks | None:
         """Random blocks for `shape` rows and columns of tensor `name`; None when there is a checkpoint to read."""

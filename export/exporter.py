@@ -39,6 +39,7 @@ from .builder import GraphBuilder, WeightsFile
 from .checkpoint import Checkpoint, Weights
 from .families import ExportOptions, Facts, Family, find_family
 from .plan import plan_for
+from .random_checkpoint import RandomCheckpoint, RandomWeights
 from .self_check import record_self_test, tokenizer_ids
 from .sources import open_source
 
@@ -67,20 +68,28 @@ def export(
     *,
     revision: str | None = None,
     tokenizer: Path | None = None,
+    random: bool = False,
     name: str | None = None,
     progress: Callable[[str], None] = lambda stage: None,
 ) -> ExportReport:
     """Export the checkpoint that `source` names to the new bundle folder `output`.
 
     `source` is a Hugging Face folder, a GGUF file or a hub id (of branch, tag or commit `revision`); `tokenizer` is a
-    tokenizer.json to use instead of the checkpoint's own. `progress` is called with the name of each stage as it
-    begins. Raises ExportError for anything that cannot be exported; nothing is left behind in that case.
+    tokenizer.json to use instead of the checkpoint's own. With `random`, `source` is the hub id of an official model,
+    whose built-in configuration is filled with random weights and tokens. `progress` is called with the name of each
+    stage as it begins. Raises ExportError for anything that cannot be exported; nothing is left behind in that case.
     """
     options = options or ExportOptions()
     _check_options(options)
     if os.path.lexists(output):
         raise ExportError(f"{output} exists already; choose a new folder")
-    checkpoint = open_source(source, revision=revision, tokenizer=tokenizer)
+    checkpoint: Checkpoint
+    if random:
+        if revision is not None or tokenizer is not None:
+            raise ExportError("a random model has no revision, and its own tokenizer")
+        checkpoint = RandomCheckpoint(str(source))
+    else:
+        checkpoint = open_source(source, revision=revision, tokenizer=tokenizer)
     if checkpoint.folder is not None and output.resolve().is_relative_to(checkpoint.folder.resolve()):
         raise ExportError(f"{output} is inside the checkpoint's folder, which is only read; choose another place")
     family = find_family(checkpoint.config)
@@ -136,7 +145,8 @@ def _write(
     progress("tokenizer")
     texts = checkpoint.write_texts(folder)
     progress("weights")
-    weights = Weights(checkpoint, family.prefixes)
+    random = isinstance(checkpoint, RandomCheckpoint)
+    weights = RandomWeights(checkpoint) if random else Weights(checkpoint, family.prefixes)
     summaries = {}
     with WeightsFile(folder / "weights.bin") as data:
         for graph_name, build in family.graphs(config).items():
@@ -148,16 +158,17 @@ def _write(
     facts = family.finish(checkpoint, weights, config, options)
     weights.check_all_used()
     if facts.layout == "media_first" and "chat_template" in texts:
-        (
-            folder / texts.pop("chat_template")
-        ).unlink()  # the model has no turns; a repository may carry one all the same
+        # The model has no turns; a repository may carry a template all the same.
+        (folder / texts.pop("chat_template")).unlink()
     files = {graph_name: _file_fact(folder / f"{graph_name}.onnx") for graph_name in summaries}
     files["weights"] = FileFact(path="weights.bin", size=data.path.stat().st_size, sha256=data.sha256)
     files |= {key: _file_fact(folder / file) for key, file in texts.items()}
     manifest = _manifest(checkpoint, family, config, options, facts, files, folder, name)
     progress("self-test")
     # The manifest travels as text; its file is written last, so that a killed export leaves no siglance.json.
-    self_test = _in_child(record_self_test, folder, write_manifest(manifest))
+    # Blocks are multiplied as they are only after packing; float weights stay mapped instead of being copied.
+    prepack = options.precision not in ("fp32", "fp16")
+    self_test = _in_child(record_self_test, folder, write_manifest(manifest), prepack)
     (folder / "self_test.json").write_text(self_test, encoding="utf-8")
     (folder / "export.json").write_text(json.dumps(_provenance(checkpoint, options, summaries, facts), indent=1) + "\n")
     files |= {key: _file_fact(folder / f"{key}.json") for key in ("self_test", "export")}

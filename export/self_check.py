@@ -27,6 +27,6 @@ def tokenizer_ids(path: Path, tokens: tuple[str, ...]) -> dict[str, int]:
     return {token: identifier for token, identifier in found.items() if identifier is not None}
 
 
-def record_self_test(folder: Path, manifest: str) -> str:
+def record_self_test(folder: Path, manifest: str, prepack: bool) -> str:
     """Run the bundle in `folder`, whose manifest has this text, and return the text of its self_test.json."""
-    return json.dumps(record(Bundle(folder, read_manifest(manifest))), indent=1) + "\n"
+    return json.dumps(record(Bundle(folder, read_manifest(manifest)), prepack=prepack), indent=1) + "\n"
