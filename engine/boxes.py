@@ -56,6 +56,15 @@ def parse_boxes(text: str, convention: str, images: Sequence[tuple[int, int]]) -
         - trailing commas are accepted; an object that is no JSON otherwise is left out;
         - `truncated` is set when the text ends inside an object or before the end of its list.
 
+    "loc" (PaliGemma): `<locY1><locX1><locY2><locX2> label`, objects joined by " ; ", on a grid of 0..1023 from edge to
+    edge (big_vision, `n / 1023` of the side). Rules:
+        - swapped corners are put in order, numbers above 1023 are clamped to it;
+        - a label reaches to the next ";" or the next location; `<segDDD>` tokens in it are left out;
+        - of several objects without anything between them the last has the label;
+        - fewer than four locations in a row are no box, and the first image is meant always;
+        - `truncated` is set when the text ends inside the locations or the 16 segment tokens of an object, or after
+          a ";".
+
     "none": the model answers without boxes; the result is empty.
 
     Raises:
@@ -68,6 +77,45 @@ def parse_boxes(text: str, convention: str, images: Sequence[tuple[int, int]]) -
 
 def _none(text: str, images: Sequence[tuple[int, int]]) -> Boxes:
     return Boxes((), truncated=False)
+
+
+_LOC = re.compile(r"<loc(\d{4})>", re.ASCII)
+_SEG = re.compile(r"<seg\d{3}>", re.ASCII)
+_SEGMENTS = 16  # segment tokens of one mask
+
+
+def _loc(text: str, images: Sequence[tuple[int, int]]) -> Boxes:
+    """PaliGemma's answers to `detect` and `segment` prompts."""
+    boxes: list[Box] = []
+    truncated = False
+    for numbers, behind, is_last in _location_runs(text):
+        label, separator, rest = behind.partition(";")
+        name = _SEG.sub("", label).strip()
+        count = len(numbers) // 4
+        if images:
+            boxes += [
+                _grid_box(numbers[4 * k : 4 * k + 4], 1023, name if k == count - 1 else "", images[0], 0)
+                for k in range(count)
+            ]
+        if is_last:
+            unfinished = len(numbers) % 4 or len(_SEG.findall(label)) % _SEGMENTS
+            truncated = (bool(unfinished) and not name and not separator) or (bool(separator) and not rest.strip())
+    return Boxes(tuple(boxes), truncated)
+
+
+def _location_runs(text: str) -> Iterator[tuple[list[float], str, bool]]:
+    """Each run of location tokens, the text from it to the next run, and whether it is the last run."""
+    numbers: list[float] = []
+    end = 0
+    for match in _LOC.finditer(text):
+        between = text[end : match.start()]
+        if numbers and between.strip():
+            yield numbers, between, False
+            numbers = []
+        numbers.append(float(match[1]))
+        end = match.end()
+    if numbers:
+        yield numbers, text[end:], True
 
 
 def _box_2d(text: str, images: Sequence[tuple[int, int]]) -> Boxes:
@@ -101,14 +149,19 @@ def _read_box_2d(item: dict[str, Any], images: Sequence[tuple[int, int]]) -> Box
     values = [_number(value) for value in grid]
     if not all(map(math.isfinite, values)):
         return None
-    y_first, x_first, y_second, x_second = (min(max(value, 0.0), 1000.0) for value in values)
-    height, width = images[index]
-    x_min, x_max = sorted((x_first * width / 1000, x_second * width / 1000))
-    y_min, y_max = sorted((y_first * height / 1000, y_second * height / 1000))
     label = item.get("label")
     # JSON can spell half of a surrogate pair, which no output stream would accept.
     text = label.encode("utf-8", "replace").decode() if isinstance(label, str) else ""
-    return Box(text, (x_min, y_min, x_max, y_max), index)
+    return _grid_box(values, 1000, text, images[index], index)
+
+
+def _grid_box(values: Sequence[float], grid: int, label: str, size: tuple[int, int], image: int) -> Box:
+    """(y, x, y, x) on a grid of 0..`grid` -> pixels of an image of `size` (height, width)."""
+    y_first, x_first, y_second, x_second = (min(max(value, 0.0), grid) for value in values)
+    height, width = size
+    x_min, x_max = sorted((x_first * width / grid, x_second * width / grid))
+    y_min, y_max = sorted((y_first * height / grid, y_second * height / grid))
+    return Box(label, (x_min, y_min, x_max, y_max), image)
 
 
 def _number(value: object) -> float:
@@ -164,4 +217,8 @@ def _walk(value: object, key: str) -> Iterator[dict[str, Any]]:
             pending.extend(reversed(value))
 
 
-CONVENTIONS: dict[str, Callable[[str, Sequence[tuple[int, int]]], Boxes]] = {"box_2d": _box_2d, "none": _none}
+CONVENTIONS: dict[str, Callable[[str, Sequence[tuple[int, int]]], Boxes]] = {
+    "box_2d": _box_2d,
+    "loc": _loc,
+    "none": _none,
+}

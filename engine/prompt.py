@@ -10,7 +10,8 @@ Three rules, each a law in tests/test_prompt.py:
 2. *Soft tokens come from attached media only.* The template writes one placeholder item per medium; it is expanded in
    the string, so that the newlines of an expansion merge with their neighbours into one token as they do in
    transformers' processors. The number of items is checked before anything runs.
-3. *Exactly one beginning-of-sequence token, at index 0*, whether the template writes none, one or several.
+3. *Exactly one beginning-of-sequence token*, whether the template writes none, one or several: at index 0, or behind the
+   media in the layout "media_first".
 
 Splitting at control tokens and encoding run by run gives the ids of encoding the whole string: the tokenizers of these
 families cut at added tokens first and add no prefix space.
@@ -29,50 +30,26 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from .errors import BundleError, PromptError
-from .manifest import PlaceholderFacts, PromptFacts
+from .manifest import PanAndScanFacts, PromptFacts
+from .messages import Media, Message, MessageTurn, Part, Text, checked_parts, join, merged_turns, sole_turn
 from .template import ChatTemplate
 
-__all__ = ["Media", "Message", "Part", "Prompt", "PromptBuilder", "Span", "Text"]
+__all__ = ["Media", "Message", "Part", "Prompt", "PromptBuilder", "Span", "Text", "sole_turn"]
 
-# Adjacent messages of one role, and system text in front of a user turn, are joined with what Gemma 3's own template
-# puts between system and user.
-_JOINT = "\n\n"
 _PRIVATE_USE = ((0xE000, 0xF8FF), (0xF0000, 0xFFFFD), (0x100000, 0x10FFFD))
 
 
 @dataclass(frozen=True, slots=True)
-class Text:
-    """A piece of text."""
-
-    text: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Media:
-    """The place of a medium; `soft_tokens` is the number of embedding rows its encoder gives for it."""
-
-    kind: str = "image"
-    soft_tokens: int
-
-
-Part = Text | Media
-
-
-@dataclass(frozen=True, slots=True)
-class Message:
-    """One message: `role` is "system", "user" or "assistant" ("model" is the same); `parts` keep their order."""
-
-    role: str
-    parts: str | Sequence[Part]
-
-
-@dataclass(frozen=True, slots=True)
 class Span:
-    """The rows `start : start + length` of a prompt that belong to the soft tokens of medium `media_index`."""
+    """The rows `start : start + length` of a prompt that belong to the soft tokens of medium `media_index`.
+
+    `view` 0 is the whole image, the others are its crops in order.
+    """
 
     start: int
     length: int
     media_index: int
+    view: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,9 +68,16 @@ class PromptBuilder:
     used for anything that wants them parsed. Raises BundleError when the prompt facts name tokens it does not have.
     """
 
-    def __init__(self, tokenizer: Tokenizer, facts: PromptFacts, template: ChatTemplate | None):
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        facts: PromptFacts,
+        template: ChatTemplate | None,
+        pan_and_scan: PanAndScanFacts | None = None,
+    ):
         self._tokenizer = tokenizer
         self._facts = facts
+        self._pan_and_scan = pan_and_scan
         self._template = template
         self._control = {
             token.content: id for id, token in tokenizer.get_added_tokens_decoder().items() if token.special
@@ -114,40 +98,62 @@ class PromptBuilder:
         Adjacent text parts are one text. Adjacent messages of one role become one turn. System text goes into a
         system turn, or in front of the first user turn if the template has no system role. Raises PromptError, naming
         the message, for anything that cannot be used, and for whatever the template refuses.
+
+        With the layout "media_first" there are no roles: one user message becomes its media, the beginning-of-sequence
+        token, its text and the end that the manifest names.
         """
+        if self._facts.layout == "media_first":
+            merged_turns(messages, self._facts, self._pan_and_scan)
+            return self._media_first(sole_turn(messages), self._facts.end)
         if self._template is None:
             raise PromptError("this bundle has no chat template: it completes text as it stands (raw)")
-        turns = _turns(messages, self._facts)
+        turns = merged_turns(messages, self._facts, self._pan_and_scan)
         turns = self._place_system(turns)
         parts = [part for turn in turns for part in turn.parts]
         media = [part for part in parts if isinstance(part, Media)]
         texts = [part.text for part in parts if isinstance(part, Text)]
         guard = _Guard(self._first_characters, [self._template.source, *texts])
         rendered = self._render(turns, guard)
+        # The beginning-of-sequence token is the template's own here: spelled in a text it is swapped.
+        rendered = rendered.replace(self._facts.begin, "")
         if self._facts.image is None:
-            return self._assemble([rendered], [], guard)
+            return self._assemble([self._facts.begin, rendered], guard)
         pieces = rendered.split(self._facts.image.item)
         if len(pieces) - 1 != len(media):
             raise PromptError(
                 f"the chat template wrote {len(pieces) - 1} placeholders for {len(media)} attached images"
             )
-        return self._assemble(pieces, media, guard)
+        between = [item for medium, piece in zip(media, pieces[1:], strict=True) for item in (medium, piece)]
+        return self._assemble([self._facts.begin, pieces[0], *between], guard)
 
     def raw(self, parts: str | Sequence[Part]) -> Prompt:
         """The prompt that is completed as it stands: one beginning-of-sequence token, then the parts.
 
-        No text at all is legal: the model then starts from nothing.
+        With the layout "media_first" the media come before that token. No text at all is legal: the model then starts
+        from nothing.
         """
-        joined = _join(_checked_parts(parts, self._facts, "the prompt"))
+        if self._facts.layout == "media_first":
+            return self._media_first(parts, end="")
+        joined = join(checked_parts(parts, self._facts, self._pan_and_scan, "the prompt"))
         guard = _Guard(self._first_characters, [part.text for part in joined if isinstance(part, Text)])
-        pieces, media = [""], []
-        for part in joined:
+        items = [guard.swap(part.text) if isinstance(part, Text) else part for part in joined]
+        return self._assemble([self._facts.begin, *items], guard)
+
+    def _media_first(self, parts: str | Sequence[Part], end: str) -> Prompt:
+        """All media in their order, the beginning-of-sequence token, all text, `end` (PaliGemmaProcessor).
+
+        Text and `end` are encoded as one string. A space keeps words apart between which a medium stood.
+        """
+        checked = checked_parts(parts, self._facts, self._pan_and_scan, "the prompt")
+        text, apart = "", False
+        for part in checked:
             if isinstance(part, Text):
-                pieces[-1] = guard.swap(part.text)
-            else:
-                media.append(part)
-                pieces.append("")
-        return self._assemble(pieces, media, guard)
+                glued = text and part.text and not (text[-1].isspace() or part.text[0].isspace())
+                text += (" " if apart and glued else "") + part.text
+            apart = isinstance(part, Media) or (apart and not part.text)
+        guard = _Guard(self._first_characters, [text])
+        media = [part for part in checked if isinstance(part, Media)]
+        return self._assemble([*media, self._facts.begin, guard.swap(text) + end], guard)
 
     def from_ids(self, ids: Iterable[int]) -> Prompt:
         """The prompt that is exactly `ids`, nothing added.
@@ -173,9 +179,9 @@ class PromptBuilder:
 
     # -- templates -----------------------------------------------------------------------------------------------
 
-    def _render(self, turns: list[_Turn], guard: _Guard) -> str:
+    def _render(self, turns: list[MessageTurn], guard: _Guard) -> str:
         try:
-            return self._apply([turn.for_template(guard) for turn in turns])
+            return self._apply([turn.for_template(guard.swap) for turn in turns])
         except PromptError as error:
             index = self._first_refused(turns, guard)
             raise PromptError(f"message {index}: {guard.restore(str(error))}") from None
@@ -191,13 +197,13 @@ class PromptBuilder:
             return True
         return False
 
-    def _first_refused(self, turns: list[_Turn], guard: _Guard) -> int:
+    def _first_refused(self, turns: list[MessageTurn], guard: _Guard) -> int:
         """Index of the message at which the template starts to refuse: a longer history does not make it accept."""
-        rendered = [turn.for_template(guard) for turn in turns]
+        rendered = [turn.for_template(guard.swap) for turn in turns]
         length = bisect.bisect_left(range(1, len(turns)), True, key=lambda count: self._refuses(rendered[:count]))
         return turns[length].index
 
-    def _place_system(self, turns: list[_Turn]) -> list[_Turn]:
+    def _place_system(self, turns: list[MessageTurn]) -> list[MessageTurn]:
         """Fold system text into the first user turn unless the template gives it a place of its own."""
         if turns[0].role != "system":
             return turns
@@ -212,7 +218,7 @@ class PromptBuilder:
                 f"message {turns[1].index}: this model has no system role, so a user message must follow the system "
                 "text"
             )
-        folded = _Turn(turns[0].index, "user", turns[0].parts)
+        folded = MessageTurn(turns[0].index, "user", turns[0].parts)
         return [folded] if len(turns) == 1 else [folded.followed_by(turns[1]), *turns[2:]]
 
     def _has_system_turn(self, alone: bool) -> bool:
@@ -227,28 +233,45 @@ class PromptBuilder:
 
     # -- ids -----------------------------------------------------------------------------------------------------
 
-    def _assemble(self, pieces: list[str], media: list[Media], guard: _Guard) -> Prompt:
-        """`pieces` are rendered strings, swapped text in them; between each two stands a medium."""
-        begin, image = self._facts.begin, self._facts.image
-        ids, spans, texts = [self._control[begin]], [], [begin]
+    def _assemble(self, items: Sequence[str | Media], guard: _Guard) -> Prompt:
+        """Strings in which text from outside is swapped, and media; strings that stand side by side are one."""
+        ids: list[int] = []
+        spans: list[Span] = []
+        texts: list[str] = []
 
         def append(string: str) -> None:
-            for piece in self._split(string.replace(begin, "")):  # the template's own; spelled in text it is swapped
+            for piece in self._split(string):
                 text = guard.restore(piece)
                 texts.append(text)
                 control = self._control.get(piece)
                 ids.extend(self._encode(text) if control is None else [control])
 
-        waiting = pieces[0]
-        for index, (medium, piece) in enumerate(zip(media, pieces[1:], strict=True)):
-            assert isinstance(image, PlaceholderFacts)
-            append(waiting + image.before)
-            spans.append(Span(len(ids), medium.soft_tokens, index))
-            ids.extend([self._control[image.soft]] * medium.soft_tokens)
-            texts.append(image.soft * medium.soft_tokens)
-            waiting = image.after + piece
+        waiting, image, media_index = "", self._facts.image, 0
+        for item in items:
+            if isinstance(item, str):
+                waiting += item
+                continue
+            assert image is not None
+            for view, (lead, length) in enumerate(self._views(item)):
+                append(waiting + lead + image.before)
+                spans.append(Span(len(ids), length, media_index, view))
+                ids.extend([self._control[image.soft]] * length)
+                texts.append(image.soft * length)
+                waiting = image.after
+            media_index += 1
         append(waiting)
         return Prompt(np.array(ids, dtype=np.int64), tuple(spans), "".join(texts))
+
+    def _views(self, medium: Media) -> Iterator[tuple[str, int]]:
+        """The text in front of each view of a medium, and the view's number of soft tokens."""
+        if not medium.crops:
+            yield "", medium.soft_tokens
+            return
+        facts = self._pan_and_scan
+        assert facts is not None
+        yield facts.before_full, medium.soft_tokens
+        for index, length in enumerate(medium.crops):
+            yield facts.between_crops if index else facts.before_crops, length
 
     def _split(self, string: str) -> Iterator[str]:
         """The control tokens of `string` and the runs between them; leftmost and longest first, as tokenizers match."""
@@ -267,92 +290,6 @@ class PromptBuilder:
 
     def _encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids if text else []
-
-
-@dataclass(frozen=True, slots=True)
-class _Turn:
-    """Adjacent messages of one role: the index of the first, and their parts with no two texts side by side."""
-
-    index: int
-    role: str
-    parts: list[Part]
-
-    def followed_by(self, other: _Turn) -> _Turn:
-        """Both in one turn; texts that meet are set apart."""
-        meet = bool(self.parts and other.parts)
-        meet = meet and isinstance(self.parts[-1], Text) and isinstance(other.parts[0], Text)
-        return _Turn(self.index, self.role, _join([*self.parts, *([Text(_JOINT)] if meet else []), *other.parts]))
-
-    def for_template(self, guard: _Guard) -> dict[str, Any]:
-        """The message as templates of this family read it: plain content unless there are media."""
-        content = [
-            {"type": "text", "text": guard.swap(part.text)} if isinstance(part, Text) else {"type": part.kind}
-            for part in self.parts
-        ]
-        if all(item["type"] == "text" for item in content):
-            return {"role": self.role, "content": "".join(item["text"] for item in content)}
-        return {"role": self.role, "content": content}
-
-
-def _turns(messages: Sequence[Message], facts: PromptFacts) -> list[_Turn]:
-    """Checked messages, merged into turns."""
-    if not messages:
-        raise PromptError("the conversation has no messages")
-    turns: list[_Turn] = []
-    for index, message in enumerate(messages):
-        role = {"model": "assistant"}.get(message.role, message.role)
-        if role not in ("system", "user", "assistant"):
-            raise PromptError(f"message {index}: unknown role {message.role!r} (known: system, user, assistant, model)")
-        parts = _join(_checked_parts(message.parts, facts, f"message {index}"))
-        if role == "user" and not any(isinstance(part, Media) or part.text.strip() for part in parts):
-            raise PromptError(f"message {index}: a user message needs text or an image")
-        if role == "system":
-            if any(turn.role != "system" for turn in turns):
-                raise PromptError(f"message {index}: a system message must come before all others")
-            if any(isinstance(part, Media) for part in parts):
-                raise PromptError(f"message {index}: a system message holds text only")
-        turn = _Turn(index, role, parts)
-        if turns and turns[-1].role == role:
-            turns[-1] = turns[-1].followed_by(turn)
-        else:
-            turns.append(turn)
-    if turns[-1].role == "assistant":
-        raise PromptError(f"message {len(messages) - 1}: the conversation ends with the assistant, nothing to answer")
-    return turns
-
-
-def _checked_parts(parts: Any, facts: PromptFacts, where: str) -> list[Part]:
-    """The parts of a message, whatever a caller passed; `where` begins the message of an error."""
-    if isinstance(parts, str):
-        parts = [Text(parts)]
-    if not isinstance(parts, Sequence):
-        raise PromptError(f"{where}: the content is {type(parts).__name__}, expected text or a list of parts")
-    for index, part in enumerate(parts):
-        place = f"{where}, part {index}"
-        if isinstance(part, Text) and isinstance(part.text, str):
-            try:
-                part.text.encode()
-            except UnicodeEncodeError as error:
-                raise PromptError(f"{place}: not valid Unicode at character {error.start}") from None
-        elif isinstance(part, Media):
-            if part.kind != "image" or facts.image is None:
-                raise PromptError(f"{place}: this model has no {'vision' if part.kind == 'image' else part.kind} input")
-            if part.soft_tokens < 1:
-                raise PromptError(f"{place}: an image needs at least 1 soft token, not {part.soft_tokens}")
-        else:
-            raise PromptError(f"{place}: expected Text or Media, not {type(part).__name__}")
-    return list(parts)
-
-
-def _join(parts: Iterable[Part]) -> list[Part]:
-    """The parts without empty texts, texts that stand side by side in one."""
-    joined: list[Part] = []
-    for part in parts:
-        if isinstance(part, Text) and joined and isinstance(joined[-1], Text):
-            joined[-1] = Text(joined[-1].text + part.text)
-        elif isinstance(part, Media) or part.text:
-            joined.append(part)
-    return joined
 
 
 class _Guard:
