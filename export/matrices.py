@@ -283,15 +283,14 @@ def table(graph: GraphBuilder, weights: Weights, key: str, name: str, shape: tup
             if kept is not None:
                 yield kept
                 return
+            if not weights.random:
+                yield from (graph.plan.quantize(key, rows, storage) for rows in weights.read_rows(name, shape))
+                return
             step = max(1, SLICE_BYTES // (4 * shape[1]))
-            random = [
-                weights.random_blocks(name, (min(step, shape[0] - start), shape[1]), storage)
-                for start in range(0, shape[0] if weights.random else 0, step)
-            ]
-            yield from (blocks for blocks in random if blocks is not None)
-            if not random:
-                for rows in weights.read_rows(name, shape):
-                    yield graph.plan.quantize(key, rows, storage)
+            for start in range(0, shape[0], step):
+                blocks = weights.random_blocks(name, (min(step, shape[0] - start), shape[1]), storage)
+                assert blocks is not None
+                yield blocks
 
         return Table(key, shape, storage, *block_weights(graph, key, shape, storage, packed))
     if storage.bits == 16:
