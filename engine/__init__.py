@@ -5,7 +5,8 @@ from .boxes import Box
 from .bundle import Bundle
 from .engine import Engine
 from .errors import SiglanceError
-from .parts import Image, Turn
+from .limits import Limits
+from .parts import Image, Pdf, Turn
 from .prompt import Text
 from .reply import Chunk, EncodedImage, Reply, Timings, Usage
 from .sampling import Sampling
@@ -17,6 +18,8 @@ __all__ = [
     "EncodedImage",
     "Engine",
     "Image",
+    "Limits",
+    "Pdf",
     "Reply",
     "Sampling",
     "SiglanceError",

@@ -17,10 +17,11 @@ from tokenizers import Tokenizer
 from .boxes import parse_boxes
 from .bundle import Bundle
 from .errors import BundleError, ContextFull, ImageError, InputError, PromptError
-from .image import load_image
 from .image_policy import POLICIES, Layout, resize
+from .limits import DEFAULT_LIMITS, Limits
 from .manifest import ImageFacts
-from .parts import Conversation, ImageInput, NormalPart, turns_of
+from .media import Picture, read_media
+from .parts import Conversation, Image, ImageInput, Pdf, turns_of
 from .prompt import Media, Message, Part, Prompt, PromptBuilder, Text
 from .reply import Chunk, EncodedImage, Reply, StageClock, Usage
 from .runtime import PREFILL_CHUNK, Runtime, Session, SoftTokens
@@ -38,10 +39,10 @@ DEFAULT_MAX_TOKENS = 1024
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Picture:
-    """A picture read and measured, or already encoded."""
+    """A picture read or a page measured, or already encoded."""
 
     layout: Layout | None
-    pixels: np.ndarray | None
+    source: Picture | None
     encoded: EncodedImage | None
 
     @property
@@ -52,8 +53,12 @@ class _Picture:
     def size(self) -> tuple[int, int]:
         if self.encoded is not None:
             return self.encoded.size
-        assert self.pixels is not None
-        return self.pixels.shape[0], self.pixels.shape[1]
+        assert self.source is not None
+        return self.source.size
+
+    @property
+    def modality(self) -> str:
+        return self.source.modality if self.source is not None else "image"
 
 
 class Engine:
@@ -63,13 +68,23 @@ class Engine:
     `close`.
     """
 
-    def __init__(self, bundle: Bundle, *, device: str = "auto", threads: int | None = None):
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        device: str = "auto",
+        threads: int | None = None,
+        limits: Limits = DEFAULT_LIMITS,
+    ):
         """Load the graphs of `bundle`; `threads` defaults to the cores this process may use.
+
+        `limits` bounds the pictures and documents of every request.
 
         Raises BundleError, DeviceError.
         """
         self.bundle = bundle
         self.manifest = bundle.manifest
+        self.limits = limits
         self._tokenizer = _load_tokenizer(bundle.path("tokenizer"))
         # Ids that are not text. Read once: a large tokenizer has thousands of added tokens.
         self._hidden = special_ids(self._tokenizer) | set(self.manifest.stop_ids)
@@ -81,10 +96,15 @@ class Engine:
 
     @classmethod
     def open(
-        cls, bundle: str | os.PathLike[str] = "demo", *, device: str = "auto", threads: int | None = None
+        cls,
+        bundle: str | os.PathLike[str] = "demo",
+        *,
+        device: str = "auto",
+        threads: int | None = None,
+        limits: Limits = DEFAULT_LIMITS,
     ) -> Engine:
         """Open a bundle by path or by name; "demo" is the one that comes with siglance."""
-        return cls(Bundle.open(bundle), device=device, threads=threads)
+        return cls(Bundle.open(bundle), device=device, threads=threads, limits=limits)
 
     def __enter__(self) -> Engine:
         return self
@@ -220,10 +240,12 @@ class Engine:
     def encode(self, image: ImageInput, *, image_tokens: int | None = None) -> EncodedImage:
         """Run the vision tower once, to ask many questions about one picture."""
         [(_, [part])] = turns_of([image], None)
-        picture = self._read(part, image_tokens, "image", StageClock())
-        if picture is None:
+        if isinstance(part, Text):
             raise InputError("encode takes a picture, not text")
-        return self._encode(picture, StageClock())
+        pictures = self._read(part, image_tokens, 1, StageClock())
+        if len(pictures) > 1:
+            raise InputError(f"encode takes one picture, not a document of {len(pictures)} pages: choose one with Pdf")
+        return self._encode(pictures[0], StageClock())
 
     def count_tokens(
         self,
@@ -234,8 +256,8 @@ class Engine:
         raw: bool = False,
     ) -> dict[str, int]:
         """Prompt tokens by modality and in "total", without running a graph."""
-        _, prompt = self._prepare(conversation, system, image_tokens, raw, None, StageClock())
-        return {"total": len(prompt.ids), **_by_modality(prompt)}
+        pictures, prompt = self._prepare(conversation, system, image_tokens, raw, None, StageClock())
+        return {"total": len(prompt.ids), **_by_modality(prompt, pictures)}
 
     def prompt_logits(
         self,
@@ -272,16 +294,17 @@ class Engine:
         """Read all media and lay out the prompt; everything that can be refused is refused here."""
         pictures: list[_Picture] = []
         messages = []
+        attached = 0
         for role, parts in turns_of(conversation, system):
             built: list[Part] = []
             for part in parts:
-                picture = self._read(part, image_tokens, f"image {len(pictures) + 1}", clock)
-                if picture is None:
-                    assert isinstance(part, Text)
+                if isinstance(part, Text):
                     built.append(part)
-                else:
-                    pictures.append(picture)
-                    built.append(Media(soft_tokens=picture.soft_tokens))
+                    continue
+                attached += 1
+                read = self._read(part, image_tokens, attached, clock)
+                pictures += read
+                built += [Media(soft_tokens=picture.soft_tokens) for picture in read]
             messages.append(Message(role, built))
         if prompt_ids is not None:
             prompt = self._from_ids(prompt_ids, messages, pictures)
@@ -303,33 +326,36 @@ class Engine:
             raise PromptError(f"the prompt ids have runs of {found} soft tokens, the pictures give {expected}")
         return prompt
 
-    def _read(self, part: NormalPart, image_tokens: int | None, name: str, clock: StageClock) -> _Picture | None:
-        """Read one picture and lay it out; None for text."""
-        if isinstance(part, Text):
-            return None
-        facts = self._image_facts(name)
+    def _read(
+        self, part: Image | Pdf | EncodedImage, image_tokens: int | None, number: int, clock: StageClock
+    ) -> list[_Picture]:
+        """Read attachment `number`, counted from 1, and lay it out: one picture, or one for each page of a document."""
+        facts = self._image_facts(f"{'document' if isinstance(part, Pdf) else 'image'} {number}")
         if isinstance(part, EncodedImage):
             if part.bundle != self._identity:
-                raise InputError(f"{name} was encoded by another bundle")
-            return _Picture(None, None, part)
-        shown = f"{name} ({part.file_name})" if part.file_name else name
+                raise InputError(f"image {number} was encoded by another bundle")
+            return [_Picture(None, None, part)]
         with clock.stage("decode_file"):
-            pixels = load_image(part.source, name=shown)
+            sources = read_media(part, number, self.limits)
         budget = image_tokens if part.tokens is None else part.tokens
+        return [_Picture(self._layout(source, facts, budget), source, None) for source in sources]
+
+    def _layout(self, source: Picture, facts: ImageFacts, budget: int | None) -> Layout:
         try:
-            layout = POLICIES[facts.policy].layout(pixels.shape[0], pixels.shape[1], facts, budget)
+            return POLICIES[facts.policy].layout(*source.proportions, facts, budget)
         except ImageError as error:
-            raise ImageError(f"{shown}: {error}") from None
-        return _Picture(layout, pixels, None)
+            raise ImageError(f"{source.name}: {error}") from None
 
     def _encode(self, picture: _Picture, clock: StageClock) -> EncodedImage:
         if picture.encoded is not None:
             return picture.encoded
-        assert picture.pixels is not None
+        assert picture.source is not None
         assert picture.layout is not None
         facts = self._image_facts("image")
+        with clock.stage("decode_file"):  # a page of a document is drawn now
+            pixels = picture.source.pixels(picture.layout.height, picture.layout.width)
         with clock.stage("resize"):
-            pixels = resize(picture.pixels, picture.layout.height, picture.layout.width, facts.resample)
+            pixels = resize(pixels, picture.layout.height, picture.layout.width, facts.resample)
             patches = patchify(pixels, facts.patch_size, facts.pool_size)
         with clock.stage("vision"), self._turn:
             values = self.runtime.encode(patches.values, patches.positions, picture.soft_tokens)
@@ -364,7 +390,9 @@ class Engine:
             token_ids=tuple(ids),
             prompt_token_ids=tuple(prompt.ids.tolist()),
             finish_reason=finish,
-            usage=Usage(prompt_tokens=len(prompt.ids), completion_tokens=len(ids), by_modality=_by_modality(prompt)),
+            usage=Usage(
+                prompt_tokens=len(prompt.ids), completion_tokens=len(ids), by_modality=_by_modality(prompt, pictures)
+            ),
             timings=clock.timings(drawn),
             boxes=found.boxes,
             truncated=found.truncated,
@@ -393,9 +421,14 @@ def _check_positive(name: str, value: object) -> None:
         raise InputError(f"{name} is {value!r}, it must be an integer of at least 1")
 
 
-def _by_modality(prompt: Prompt) -> dict[str, int]:
-    image = sum(span.length for span in prompt.spans)
-    return {"text": len(prompt.ids) - image, "image": image}
+def _by_modality(prompt: Prompt, pictures: list[_Picture]) -> dict[str, int]:
+    """Prompt tokens by modality; "document" is there only for prompts with one."""
+    counts = {"text": len(prompt.ids), "image": 0}
+    for span in prompt.spans:
+        modality = pictures[span.media_index].modality
+        counts[modality] = counts.get(modality, 0) + span.length
+        counts["text"] -= span.length
+    return counts
 
 
 def _load_tokenizer(path: Path) -> Tokenizer:

@@ -5,6 +5,7 @@
     │   └── UnsupportedBundle  a bundle is fine but needs a mechanism this engine does not have
     ├── InputError             what the caller passed in cannot be used (message names part, value and limit)
     │   ├── ImageError         an image cannot be read, or is over a limit
+    │   ├── DocumentError      a PDF or one of its pages cannot be read, or is over a limit
     │   ├── PromptError        the conversation cannot be turned into a prompt
     │   ├── SamplingError      a sampling value is out of range
     │   └── ContextFull        the prompt does not fit the context
@@ -19,6 +20,7 @@ __all__ = [
     "BundleError",
     "ContextFull",
     "DeviceError",
+    "DocumentError",
     "ExportError",
     "ImageError",
     "InputError",
@@ -48,6 +50,10 @@ class InputError(SiglanceError, ValueError):
 
 class ImageError(InputError):
     """An image cannot be read, or is over a limit."""
+
+
+class DocumentError(InputError):
+    """A PDF or one of its pages cannot be read, or is over a limit."""
 
 
 class PromptError(InputError):

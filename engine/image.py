@@ -2,61 +2,43 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
-import os
-import re
-import string
-import urllib.parse
-from typing import BinaryIO, cast
-
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from .errors import ImageError
-from .image_files import check_size, decode, read_file, read_stream
+from .errors import ImageError, InputError
+from .image_files import check_size, decode
 from .image_modes import composite_on_white, scale_16_bit, upright_rgb
+from .limits import DEFAULT_LIMITS, Limits
+from .sources import FileSource, read_source
 
-__all__ = ["DEFAULT_MAX_BYTES", "DEFAULT_MAX_PIXELS", "ImageSource", "load_image"]
+__all__ = ["ImageSource", "load_image"]
 
-DEFAULT_MAX_PIXELS = 50_000_000  # 150 MB of RGB; phones of today reach this
-DEFAULT_MAX_BYTES = 64 * 2**20  # encoded
-
-ImageSource = str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO | Image.Image | npt.NDArray[np.generic]
-
-_URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
-_DATA_URI = re.compile(r"\s*data:", re.IGNORECASE)
-_URL_SAFE_BASE64 = bytes.maketrans(b"-_", b"+/")
+ImageSource = FileSource | Image.Image | npt.NDArray[np.generic]
 
 
-def load_image(
-    source: ImageSource,
-    *,
-    max_pixels: int = DEFAULT_MAX_PIXELS,
-    max_bytes: int = DEFAULT_MAX_BYTES,
-    name: str = "image",
-) -> npt.NDArray[np.uint8]:
+def load_image(source: ImageSource, *, limits: Limits = DEFAULT_LIMITS, name: str = "image") -> npt.NDArray[np.uint8]:
     """Read a picture from any form and return upright RGB.
 
     Args:
         source: one of
             - a path (str or os.PathLike), or a data URI (str);
             - an encoded file as bytes, bytearray or memoryview;
-            - a binary file object, read from its current position to its end and left open;
+            - a binary file object, read from its current position to its end and left open; it need not seek;
             - a PIL image (an animated one at its current frame);
-            - a numpy array: [H, W], [H, W, 1], [H, W, 3] (RGB), [H, W, 4] (RGBA), or channels first where the last
-              axis cannot be the channels. bool, uint8, uint16 (65535 is white) or floating point in 0..1.
-        max_pixels: limit on width * height, tested on the header before anything is decoded.
-        max_bytes: limit on the size of encoded data.
+            - a numpy array: [H, W], or [H, W, C] or [C, H, W] of C = 1 (grey), 2 (grey, alpha), 3 (RGB) or 4 (RGBA)
+              channels, of bool, uint8, uint16 (65535 is white) or floating point in 0..1. A shape whose first and
+              last axis could both be the channels is refused.
+        limits: `max_bytes` of encoded data; `max_pixels`, tested on the header before anything is decoded.
         name: how error messages call this picture, for example "image 2 (street.jpg)".
 
     Returns:
         uint8 [H, W, 3], C-contiguous, sharing no memory with the source, which is not modified.
 
     Rules:
-        - Files are PNG, JPEG (MPO), WebP, GIF, BMP, TIFF, PPM, ICO or AVIF, told by content and never by name. Of
-          several frames, the first is read.
+        - Formats (`image_files.FORMATS`) are told by content and never by name.
+        - Of several frames or pages (GIF, APNG, WebP, AVIF, TIFF, MPO ...), the first is read, as a viewer shows it on
+          opening; of the sizes in an icon, the largest.
         - An EXIF (or XMP) orientation is applied exactly once. Unreadable metadata counts as upright.
         - Transparency is composited on white. Grey of more than 8 bits is scaled, not clipped (see `image_modes`).
         - CMYK JPEG is read with inverted inks, Adobe marker or not, as Pillow and browsers do.
@@ -69,66 +51,12 @@ def load_image(
     """
     try:
         if isinstance(source, np.ndarray):
-            return _from_array(source, max_pixels)
+            return _from_array(source, limits.max_pixels)
         if isinstance(source, Image.Image):
-            return _from_pil(source, max_pixels)
-        return decode(_encoded_bytes(source, max_bytes), max_pixels)
-    except ImageError as error:
+            return _from_pil(source, limits.max_pixels)
+        return decode(read_source(source, limits.max_bytes), limits.max_pixels)
+    except InputError as error:
         raise ImageError(f"{name}: {' '.join(str(error).split())}") from error.__cause__
-
-
-def _encoded_bytes(source: object, max_bytes: int) -> bytes:
-    """The encoded file that `source` stands for, at most `max_bytes` long."""
-    if isinstance(source, str) and _DATA_URI.match(source):
-        return _from_data_uri(source, max_bytes)
-    if isinstance(source, str) and _URL.match(source):
-        raise ImageError("URLs are not fetched, pass a path, the bytes or a data URI")
-    if isinstance(source, str | os.PathLike):
-        return read_file(source, max_bytes)
-    if isinstance(source, bytes | bytearray | memoryview):
-        size = source.nbytes if isinstance(source, memoryview) else len(source)
-        if size > max_bytes:
-            raise ImageError(f"{size} bytes, over the limit of {max_bytes} bytes of encoded data")
-        return bytes(source)
-    if callable(getattr(source, "read", None)):
-        return read_stream(cast(BinaryIO, source), max_bytes)
-    raise ImageError(
-        f"cannot read a picture from {type(source).__name__}: pass a path, bytes, a binary file object, a PIL image, "
-        "a numpy array or a data URI"
-    )
-
-
-def _from_data_uri(uri: str, max_bytes: int) -> bytes:
-    """The payload of a data URI (RFC 2397), read tolerantly.
-
-    Accepted: any case, no media type, line breaks and spaces, percent-encoding, the URL-safe alphabet of base64,
-    missing padding. Error messages never repeat the payload.
-    """
-    # Percent-encoding triples a byte and base64 adds a third. Twice the limit is refused before any copy is made.
-    if len(uri) > 2 * max_bytes + 1024:
-        raise ImageError(f"a data URI of {len(uri)} characters, over the limit of {max_bytes} bytes of encoded data")
-    header, comma, payload = uri.partition(",")
-    if not comma:
-        raise ImageError("a data URI needs a comma before its payload")
-    try:
-        raw = payload.encode("ascii")
-    except UnicodeEncodeError:
-        raise ImageError("the payload of the data URI is not ASCII") from None
-    if b"%" in raw:
-        raw = urllib.parse.unquote_to_bytes(raw)
-    parameters = header.partition(":")[2].lower().split(";")
-    if "base64" in (parameter.strip() for parameter in parameters):
-        raw = raw.translate(_URL_SAFE_BASE64, delete=string.whitespace.encode()).rstrip(b"=")
-        if len(raw) * 3 // 4 <= max_bytes:  # else the test below refuses it undecoded
-            try:
-                raw = base64.b64decode(raw + b"=" * (-len(raw) % 4), validate=True)
-            except binascii.Error as error:
-                raise ImageError(f"the data URI is not base64: {error}") from None
-    if not raw:
-        raise ImageError("the data URI has an empty payload")
-    if len(raw) > max_bytes:
-        raise ImageError(f"over the limit of {max_bytes} bytes of encoded data")
-    return raw
 
 
 def _from_pil(image: Image.Image, max_pixels: int) -> npt.NDArray[np.uint8]:
@@ -140,23 +68,27 @@ def _from_array(array: npt.NDArray[np.generic], max_pixels: int) -> npt.NDArray[
     channels_last = _channels_last(array)
     height, width, channels = channels_last.shape
     check_size(width, height, max_pixels)
-    levels = _to_8_bit(channels_last)
-    if channels == 1:
-        return np.repeat(levels, 3, axis=2)
-    if channels == 4:
-        return np.array(composite_on_white(Image.fromarray(np.ascontiguousarray(levels))))
-    return np.array(levels, order="C")
+    levels = np.array(_to_8_bit(channels_last), order="C")
+    if channels in (2, 4):
+        return np.array(composite_on_white(Image.fromarray(levels)))
+    return levels if channels == 3 else np.repeat(levels, 3, axis=2)
 
 
 def _channels_last(array: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
-    """A view [H, W, C] with C in 1, 3, 4. Where first and last axis could both be the channels, the last one is."""
+    """A view [H, W, C] with C in 1..4."""
     if array.ndim == 2:
         return array[:, :, None]
-    if array.ndim == 3 and array.shape[2] in (1, 3, 4):
-        return array
-    if array.ndim == 3 and array.shape[0] in (1, 3, 4):
-        return array.transpose(1, 2, 0)
-    raise ImageError(f"an array of shape {list(array.shape)}, expected [H, W] or [H, W, C] with 1, 3 or 4 channels")
+    first, last = (array.ndim == 3 and array.shape[axis] in range(1, 5) for axis in (0, 2))
+    if first and last:
+        raise ImageError(
+            f"an array of shape {list(array.shape)} is ambiguous: first and last axis both have 1 to 4 entries, so "
+            "either could be the channels; pass PIL.Image.fromarray(array) instead, which takes the last"
+        )
+    if first or last:
+        return array if last else array.transpose(1, 2, 0)
+    raise ImageError(
+        f"an array of shape {list(array.shape)}, expected [H, W], [H, W, C] or [C, H, W] with 1 to 4 channels"
+    )
 
 
 def _to_8_bit(array: npt.NDArray[np.generic]) -> npt.NDArray[np.uint8]:

@@ -1,4 +1,4 @@
-"""Encoded picture files: reading them within limits, telling their format, decoding them with Pillow.
+"""Encoded pictures: telling their format by content, decoding them with Pillow.
 
 Everything here treats the file as hostile. Sizes are tested before anything is decoded.
 """
@@ -7,22 +7,32 @@ from __future__ import annotations
 
 import importlib
 import io
-import os
-from typing import BinaryIO
+from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
 from .errors import ImageError
-from .image_modes import one_line, upright_rgb
+from .image_modes import upright_rgb
+from .sources import one_line
 
-__all__ = ["FORMATS", "check_size", "decode", "read_file", "read_stream"]
+__all__ = ["FORMATS", "check_size", "decode"]
 
-# Raster formats only. Pillow's other openers run external programs, expect other media or are hardly ever needed, and
-# each is one more parser open to hostile files. (Pillow opens MPO through its JPEG opener.)
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "ICO", "AVIF")
-_PLUGINS = ("Png", "Jpeg", "Mpo", "WebP", "Gif", "Bmp", "Tiff", "Ppm", "Ico", "Avif")
+# Every format whose pixels Pillow decodes by itself and that content can tell. Left out: EPS and WMF (other programs
+# render them), BUFR, GRIB, HDF5 and MPEG (recognised, not decoded), SPIDER, IMT and IPTC (nothing to tell them by), BLP
+# and FITS (their size is known only after data of any size has been unpacked).
+_SIGNED = (
+    *("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "ICO", "AVIF", "JPEG2000", "ICNS", "PSD", "DDS", "QOI"),
+    *("FTEX", "XPM", "XBM", "XVTHUMB", "MSP", "SUN", "SGI", "DCX", "CUR", "PIXAR", "MCIDAS"),
+)
+_UNSIGNED = ("FLI", "GBR", "PCX", "DIB", "PCD", "IM", "TGA")  # a header that can be checked, no or next to no signature
+FORMATS = _SIGNED + _UNSIGNED
+_PLUGINS = (
+    *("Png", "Jpeg", "Mpo", "WebP", "Gif", "Bmp", "Tiff", "Ppm", "Ico", "Avif", "Jpeg2K", "Icns", "Psd", "Dds", "Qoi"),
+    *("Ftex", "Xpm", "Xbm", "XVThumb", "Msp", "Sun", "Sgi", "Dcx", "Cur", "Pixar", "McIdas"),
+    *("Fli", "Gbr", "Pcx", "Pcd", "Im", "Tga"),
+)  # the opener of JPEG reads MPO too, and the module of BMP has DIB
 
 for _plugin in _PLUGINS:  # importing a plugin registers its opener; Image.init() would import all of them
     try:
@@ -31,36 +41,12 @@ for _plugin in _PLUGINS:  # importing a plugin registers its opener; Image.init(
         continue
 
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+# Progressive JPEG may hold any number of scans, each of a few bytes, each as much work as the whole picture.
+_MAX_JPEG_SCANS = 200
+_MAX_ICNS_BLOCKS = 100
 
-
-def read_file(path: str | os.PathLike[str], max_bytes: int) -> bytes:
-    """The content of a file. Raises ImageError if it cannot be read or is larger than `max_bytes`."""
-    try:
-        with open(path, "rb") as file:
-            return read_stream(file, max_bytes)
-    except ImageError:
-        raise
-    except (OSError, ValueError) as error:  # ValueError: a NUL or a lone surrogate in the path
-        reason = getattr(error, "strerror", None) or str(error)
-        raise ImageError(f"cannot read {os.fspath(path)[-100:]!r}: {one_line(reason)}") from error
-
-
-def read_stream(stream: BinaryIO, max_bytes: int) -> bytes:
-    """The rest of a binary stream, which stays open. Raises ImageError if it is longer than `max_bytes`."""
-    parts: list[bytes] = []
-    room = max_bytes + 1
-    while room > 0:
-        try:
-            part = stream.read(min(room, 2**20))  # a raw stream may return less than it was asked for
-        except (OSError, ValueError) as error:
-            raise ImageError(f"cannot read from the file object: {one_line(error)}") from error
-        if not isinstance(part, bytes | bytearray | memoryview):
-            raise ImageError(f"the file object gave {type(part).__name__}, open it in binary mode")
-        if not part:
-            return b"".join(parts)
-        parts.append(bytes(part))
-        room -= len(part)
-    raise ImageError(f"over the limit of {max_bytes} bytes of encoded data")
+_HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"hevm", b"hevs")
+_HEIC = "a HEIC picture, which is not read: convert it to JPEG, or open it with pillow-heif and pass the PIL image"
 
 
 def check_size(width: int, height: int, max_pixels: int) -> None:
@@ -84,7 +70,9 @@ def decode(data: bytes, max_pixels: int) -> npt.NDArray[np.uint8]:
         raise
     except Exception as error:  # on hostile files Pillow raises nearly every kind of exception
         raise ImageError(f"not a readable picture: {one_line(error)}") from error
-    check_size(*image.size, max_pixels)
+    allocated = getattr(image, "_tile_size", image.size)  # TIFF: tiles may be larger than the picture
+    for width, height in (image.size, allocated):
+        check_size(width, height, max_pixels)
     return upright_rgb(image)
 
 
@@ -94,50 +82,110 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
     Not Image.open: that warns or raises by Image.MAX_IMAGE_PIXELS, a global that belongs to the host program, and
     neither the global nor the filters for its warning can be changed without other threads seeing it.
     """
+    refused = _unsupported(data)
+    if refused:
+        raise ImageError(refused)
+    scans = data.count(b"\xff\xda") if data.startswith(b"\xff\xd8") else 0
+    if scans > _MAX_JPEG_SCANS:
+        raise ImageError(f"a JPEG of {scans} scans, the limit is {_MAX_JPEG_SCANS}")
     for width, height in _sizes_before_opening(data):
         check_size(width, height, max_pixels)
-    for name in FORMATS:
-        opener, accepts = Image.OPEN.get(name, (None, None))
-        verdict = accepts(data[:16]) if accepts else False
-        if isinstance(verdict, str):  # the signature is right, the codec is not compiled in
-            raise ImageError(f"this build of Pillow cannot read {name}: {one_line(verdict)}")
-        if opener and verdict:
-            return opener(io.BytesIO(data), "")
+    name = _told_by_signature(data)
+    if name is not None:
+        return Image.OPEN[name][0](io.BytesIO(data), "")
+    for name in _UNSIGNED:
+        try:
+            return Image.OPEN[name][0](io.BytesIO(data), "")
+        except Exception:  # it is not this format; Pillow's word for that is SyntaxError, hostile files give others too
+            continue
     raise ImageError(f"not a picture in a supported format ({', '.join(FORMATS)})")
 
 
-def _sizes_before_opening(data: bytes) -> list[tuple[int, int]]:
+def _told_by_signature(data: bytes) -> str | None:
+    """The format whose signature `data` begins with. Raises ImageError if the codec of that format is missing."""
+    for name in _SIGNED:
+        accepts = Image.OPEN[name][1] if name in Image.OPEN else None
+        verdict = accepts(data[:16]) if accepts else False
+        if isinstance(verdict, str):  # the signature is right, the codec is not compiled in
+            raise ImageError(f"this build of Pillow cannot read {name}: {one_line(verdict)}")
+        if verdict:
+            return name
+    return None
+
+
+def _unsupported(data: bytes) -> str | None:
+    """What a file is that people take for a picture and that is not read, and what to do about it."""
+    start = data[:1024]
+    if start[4:8] == b"ftyp":
+        brands = start[8 : max(16, min(int.from_bytes(start[:4], "big"), 256))]
+        names = [brands[at : at + 4] for at in range(0, len(brands), 4)]
+        if names[0] in _HEIF_BRANDS or (names[0] not in (b"avif", b"avis") and set(names) & set(_HEIF_BRANDS)):
+            return _HEIC
+        if names[0] not in (b"avif", b"avis", b"mif1", b"msf1"):
+            return f"a video or another file of the brand {one_line(names[0].decode('latin-1'))!r}, not a picture"
+    if start.startswith((b"\xff\x0a", b"\0\0\0\x0cJXL ")):
+        return "a JPEG XL picture, which is not read: convert it to PNG or JPEG"
+    if start.startswith(b"%PDF-"):
+        return "a PDF, which is a document of pages and not one picture"
+    if start.startswith((b"%!PS", b"\xc5\xd0\xd3\xc6")):
+        return "a PostScript file, which is not read: convert it to PDF or PNG"
+    text = start.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if text.startswith(b"<svg") or (text.startswith((b"<?xml", b"<!doctype svg", b"<!--")) and b"<svg" in text):
+        return "an SVG drawing, which is not read: convert it to PNG"
+    return None
+
+
+def _sizes_before_opening(data: bytes) -> Iterator[tuple[int, int]]:
     """(width, height) for the formats where Pillow allocates before it tells us the size, or tells another one."""
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        return _webp_size(data)
-    if data[:4] == b"\0\0\1\0":
-        return _ico_sizes(data)
-    return []
+        yield from _webp_size(data)
+    elif data[:4] == b"\0\0\1\0":
+        yield from _ico_sizes(data)
+    elif data[:4] == b"icns":
+        yield from _icns_sizes(data)
 
 
-def _webp_size(data: bytes) -> list[tuple[int, int]]:
+def _webp_size(data: bytes) -> Iterator[tuple[int, int]]:
     """The canvas of a WebP file (RFC 9649): Pillow allocates it on opening."""
     kind = data[12:16]
     if kind == b"VP8X":
-        return [(1 + int.from_bytes(data[24:27], "little"), 1 + int.from_bytes(data[27:30], "little"))]
-    if kind == b"VP8L":
+        yield 1 + int.from_bytes(data[24:27], "little"), 1 + int.from_bytes(data[27:30], "little")
+    elif kind == b"VP8L":
         packed = int.from_bytes(data[21:25], "little")
-        return [(1 + (packed & 0x3FFF), 1 + (packed >> 14 & 0x3FFF))]
-    if kind == b"VP8 ":
+        yield 1 + (packed & 0x3FFF), 1 + (packed >> 14 & 0x3FFF)
+    elif kind == b"VP8 ":
         width, height = (int.from_bytes(data[at : at + 2], "little") & 0x3FFF for at in (26, 28))
-        return [(width, height)]
-    return []
+        yield width, height
 
 
-def _ico_sizes(data: bytes) -> list[tuple[int, int]]:
+def _ico_sizes(data: bytes) -> Iterator[tuple[int, int]]:
     """The true sizes of the pictures in an icon: its directory can state 16x16 for an embedded PNG of any size."""
-    sizes = []
     for entry in range(int.from_bytes(data[4:6], "little")):
         where = 6 + 16 * entry + 12
-        picture = data[int.from_bytes(data[where : where + 4], "little") :][:24]
+        start = int.from_bytes(data[where : where + 4], "little")
+        picture = data[start : start + 24]
         if picture.startswith(_PNG_SIGNATURE):
-            sizes.append((int.from_bytes(picture[16:20], "big"), int.from_bytes(picture[20:24], "big")))
+            yield _png_size(picture)
         elif len(picture) == 24:  # a bitmap without file header; its height counts the mask as well
             width, height = (int.from_bytes(picture[at : at + 4], "little", signed=True) for at in (4, 8))
-            sizes.append((abs(width), abs(height) // 2))
-    return sizes
+            yield abs(width), abs(height) // 2
+
+
+def _icns_sizes(data: bytes) -> Iterator[tuple[int, int]]:
+    """The true sizes of the PNG and JPEG 2000 pictures in a Macintosh icon: the names of its blocks state others."""
+    at = 8
+    for _ in range(_MAX_ICNS_BLOCKS):
+        length = int.from_bytes(data[at + 4 : at + 8], "big")
+        if length < 8:  # the end, or a header that Pillow refuses too
+            return
+        picture = data[at + 8 : at + length]
+        if picture.startswith(_PNG_SIGNATURE) and len(picture) >= 24:
+            yield _png_size(picture)
+        elif picture.startswith((b"\0\0\0\x0cjP  \r\n\x87\n", b"\xff\x4f\xff\x51", b"\r\n\x87\n")):
+            yield Image.OPEN["JPEG2000"][0](io.BytesIO(picture), "").size  # reads the header only
+        at += length
+    raise ImageError(f"an icon of more than {_MAX_ICNS_BLOCKS} blocks")
+
+
+def _png_size(header: bytes) -> tuple[int, int]:
+    return int.from_bytes(header[16:20], "big"), int.from_bytes(header[20:24], "big")

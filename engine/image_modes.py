@@ -17,8 +17,9 @@ import numpy.typing as npt
 from PIL import ExifTags, Image
 
 from .errors import ImageError
+from .sources import one_line
 
-__all__ = ["composite_on_white", "one_line", "scale_16_bit", "upright_rgb"]
+__all__ = ["composite_on_white", "scale_16_bit", "upright_rgb"]
 
 _OPAQUE_MODES = frozenset({"1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "LAB", "HSV"})
 _ALPHA_MODES = frozenset({"LA", "PA", "RGBA", "La", "RGBa"})
@@ -69,12 +70,6 @@ def composite_on_white(image: Image.Image) -> Image.Image:
 def scale_16_bit(values: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint8]:
     """round(v / 257) for v in 0..65535: 65535 becomes 255, and all 256 levels are used evenly."""
     return ((values + 128) // 257).astype(np.uint8)
-
-
-def one_line(error: object) -> str:
-    """The text of a foreign error as one line of moderate length."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else text[:199] + "…"
 
 
 def _to_rgb(image: Image.Image, key: int | tuple[int, ...] | None) -> Image.Image:

@@ -15,34 +15,50 @@ from .errors import PromptError
 from .image import ImageSource
 from .prompt import Text
 from .reply import EncodedImage
+from .sources import FileSource
 
-__all__ = ["Conversation", "Image", "ImageInput", "PartLike", "Turn", "turns_of"]
+__all__ = ["Conversation", "Image", "ImageInput", "NormalPart", "PartLike", "Pdf", "Turn", "turns_of"]
 
-# A text that is one line ending in one of these is taken for the path of a picture; `Text(...)` says that it is not.
-_PICTURE_NAME = re.compile(r"[^\n]*\.(png|jpe?g|webp|gif|bmp|tiff?|ppm|ico|avif)", re.IGNORECASE)
-_DATA_URI = re.compile(r"\s*data:", re.IGNORECASE)
-_IMAGE_URI = re.compile(r"data:image/", re.IGNORECASE)
+# A text that is one line ending in one of these is taken for the path of a file; `Text(...)` says that it is not. Names
+# of formats that are not read are among them: their refusal says more than an answer about the name would.
+_FILE_NAME = re.compile(
+    r"[^\n]*\.(a?png|jpe?g|jfif|mpo|webp|gif|bmp|dib|tiff?|p[bgnp]m|ico|cur|icns|avif|heic|heif|jxl|jp2|j2k|jpx|tga|psd"
+    r"|qoi|dds|pcx|sgi|svg|pdf)",
+    re.IGNORECASE,
+)
+_FILE_URI = re.compile(r"\s*data:\s*(image/|application/(x-)?pdf)", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Image:
-    """A picture with a token budget of its own. `tokens=None` takes the budget of the request."""
+    """A picture with a token budget of its own. `tokens=None` takes the budget of the request.
+
+    A source whose content turns out to be a PDF is read as `Pdf(source, tokens=tokens)`.
+    """
 
     source: ImageSource
     tokens: int | None = None
 
-    @property
-    def file_name(self) -> str:
-        """What to call the picture in messages: the name of its file, "" for a picture that is none."""
-        if not isinstance(self.source, (str, os.PathLike)) or _DATA_URI.match(str(self.source)):
-            return ""
-        return os.path.basename(os.fsdecode(self.source))[-100:]
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Pdf:
+    """Pages of a PDF, each of which becomes one picture, in order.
+
+    Attributes:
+        source: a path, the bytes, a binary file object or a data URI.
+        pages: page numbers counted from 1: "3", "1-3", "1-3, 7", a number, or numbers such as range(1, 4). None is all.
+        tokens: token budget of each page; None takes the budget of the request.
+    """
+
+    source: FileSource
+    pages: str | int | Sequence[int] | None = None
+    tokens: int | None = None
 
 
 ImageInput = Image | ImageSource | EncodedImage
-PartLike = Text | ImageInput
-"""A part of a prompt. A plain `str` is text, unless it is a data URI of an image or one line that ends like the name
-of a picture file; wrap text that you did not write yourself in `Text` so that it can never name a file."""
+PartLike = Text | Pdf | ImageInput
+"""A part of a prompt. A plain `str` is text, unless it is a data URI of a picture or a PDF, or one line that ends like
+the name of such a file; wrap text that you did not write yourself in `Text` so that it can never name a file."""
 
 Conversation = PartLike | Sequence[PartLike] | Sequence["Turn"]
 
@@ -55,7 +71,7 @@ class Turn:
     parts: PartLike | Sequence[PartLike]
 
 
-NormalPart = Text | Image | EncodedImage
+NormalPart = Text | Image | Pdf | EncodedImage
 
 
 def turns_of(conversation: Conversation, system: str | None) -> list[tuple[str, list[NormalPart]]]:
@@ -79,12 +95,12 @@ def _normal_parts(parts: list[Any]) -> list[NormalPart]:
 
 
 def _normal_part(part: Any, index: int) -> NormalPart:
-    if isinstance(part, (Text, Image, EncodedImage)):
+    if isinstance(part, (Text, Image, Pdf, EncodedImage)):
         return part
     if isinstance(part, str):
-        return Image(part) if _PICTURE_NAME.fullmatch(part) or _IMAGE_URI.match(part) else Text(part)
+        return Image(part) if _FILE_NAME.fullmatch(part) or _FILE_URI.match(part) else Text(part)
     if isinstance(part, (os.PathLike, bytes, bytearray, memoryview, PIL.Image.Image, np.ndarray)) or hasattr(
         part, "read"
     ):
         return Image(part)
-    raise PromptError(f"part {index} is of type {type(part).__name__}, expected text or a picture")
+    raise PromptError(f"part {index} is of type {type(part).__name__}, expected text, a picture or a PDF")

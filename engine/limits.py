@@ -1,0 +1,37 @@
+"""How much of the outside world an engine lets in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from .errors import InputError
+
+__all__ = ["DEFAULT_LIMITS", "Limits"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """Limits on pictures and documents. They are checked before anything is decoded, and errors name value and limit.
+
+    Raises InputError for a limit that is not a positive number.
+    """
+
+    max_bytes: int = 64 * 2**20  # of one encoded file
+    max_pixels: int = 50_000_000  # width * height of one picture: 150 MB of RGB, which phones of today reach
+    max_pages: int = 100  # of one document in one request
+    max_page_seconds: float = 20.0  # wall time for opening a document, and for drawing each of its pages
+    max_page_memory: int = 2**30  # bytes of address space of the process that does it, beside the file itself
+
+    def __post_init__(self):
+        for field in fields(self):
+            value = getattr(self, field.name)
+            whole = field.name != "max_page_seconds"
+            numbers = (int,) if whole else (int, float)
+            # The comparison is this way round so that NaN fails it.
+            if isinstance(value, bool) or not isinstance(value, numbers) or not value > 0:
+                raise InputError(
+                    f"{field.name} is {value!r}, it must be {'an integer' if whole else 'a number'} above 0"
+                )
+
+
+DEFAULT_LIMITS = Limits()

@@ -1,0 +1,84 @@
+"""Attached parts -> pictures for the model. Images are read at once, pages of documents are drawn when needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import PIL.Image
+
+from .errors import DocumentError, ImageError, InputError
+from .image import load_image
+from .limits import Limits
+from .parts import Image, Pdf
+from .pdf import Page, is_pdf, open_pages
+from .sources import file_name, read_source
+
+__all__ = ["Picture", "read_media"]
+
+# A page is drawn this many times larger per side than the model sees it, so that the one resampler of the engine does
+# the last step for pages as it does for photographs.
+_OVERSAMPLING = 2
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Picture:
+    """One picture: an image, or a page of a document.
+
+    Attributes:
+        name: how error messages call it.
+        modality: "image" or "document".
+        size: (height, width) that boxes are measured in: pixels of the upright image, points of the page as shown.
+        proportions: (height, width) that the layout is computed from.
+        pixels: (height, width) that the model will see -> uint8 [H, W, 3], RGB. An image gives all its pixels whatever
+            is asked for; a page is drawn for this size, and may raise DocumentError.
+    """
+
+    name: str
+    modality: str
+    size: tuple[int, int]
+    proportions: tuple[int, int]
+    pixels: Callable[[int, int], npt.NDArray[np.uint8]]
+
+
+def read_media(part: Image | Pdf, number: int, limits: Limits) -> list[Picture]:
+    """The pictures that an attached part stands for: one, or one for each chosen page of a document.
+
+    What a file is, its content says: an `Image` that is a PDF is all its pages. `number` counts attachments from 1, for
+    messages. Raises ImageError and DocumentError, naming the part.
+    """
+    if isinstance(part, Pdf):
+        name = _name("document", number, part.source)
+        return _pages(_read(part.source, limits, name, DocumentError), part, limits, name)
+    name = _name("image", number, part.source)
+    source = part.source
+    if not isinstance(source, np.ndarray | PIL.Image.Image):
+        source = _read(source, limits, name, ImageError)
+        if is_pdf(source):
+            return _pages(source, Pdf(source, tokens=part.tokens), limits, _name("document", number, part.source))
+    pixels = load_image(source, limits=limits, name=name)
+    size = pixels.shape[0], pixels.shape[1]
+    return [Picture(name, "image", size, size, lambda height, width: pixels)]
+
+
+def _name(kind: str, number: int, source: object) -> str:
+    file = file_name(source)
+    return f"{kind} {number} ({file})" if file else f"{kind} {number}"
+
+
+def _read(source: object, limits: Limits, name: str, kind: type[InputError]) -> bytes:
+    try:
+        return read_source(source, limits.max_bytes)
+    except InputError as error:
+        raise kind(f"{name}: {error}") from error.__cause__
+
+
+def _pages(document: bytes, part: Pdf, limits: Limits, name: str) -> list[Picture]:
+    pages = open_pages(document, part.pages, limits, name)
+    return [Picture(page.name, "document", page.size, page.proportions, _drawer(page)) for page in pages]
+
+
+def _drawer(page: Page) -> Callable[[int, int], npt.NDArray[np.uint8]]:
+    return lambda height, width: page.draw(_OVERSAMPLING * height, _OVERSAMPLING * width)
