@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ..kernels.quantize import Blocks
     from .plan import Storage
 
-__all__ = ["Checkpoint", "FolderCheckpoint", "Weights", "write_texts"]
+__all__ = ["Checkpoint", "FolderCheckpoint", "Weights", "copy_tokenizer", "write_template"]
 
 SLICE_BYTES = 32 << 20  # rows of a large table are read in slices of about this size
 _DTYPES = {"F32": 4, "F16": 2, "BF16": 2, "F64": 8}
@@ -48,6 +48,11 @@ class Checkpoint(Protocol):
     @property
     def folder(self) -> Path | None:
         """The folder that makes up the checkpoint, if it is one."""
+        ...
+
+    @property
+    def quantised(self) -> bool:
+        """Whether matrices are stored in blocks; an export then keeps them as they are unless told otherwise."""
         ...
 
     @property
@@ -99,6 +104,7 @@ class FolderCheckpoint:
         self.folder = folder
         self.source = source or folder.resolve().name
         self.revision = revision
+        self.quantised = False
         self._tokenizer = tokenizer or folder / "tokenizer.json"
         self.config: dict[str, Any] = self.json("config.json", required=True)
 
@@ -150,10 +156,15 @@ class FolderCheckpoint:
             template = path.read_text(encoding="utf-8") if path.is_file() else None
         except (OSError, ValueError) as error:
             raise ExportError(f"{path} cannot be read as text: {error}") from None
-        return write_texts(folder, self._tokenizer, template or self.json("tokenizer_config.json").get("chat_template"))
+        template = template or self.json("tokenizer_config.json").get("chat_template")
+        return copy_tokenizer(self._tokenizer, folder) | write_template(template, folder)
 
     @cached_property
     def _files(self) -> dict[str, Path]:
+        """Tensor name -> file."""
+        return self._read_headers()
+
+    def _read_headers(self) -> dict[str, Path]:
         """Tensor name -> file, from the headers of all safetensors files (sharded or not)."""
         index = self.json("model.safetensors.index.json").get("weight_map")
         if index is not None and not (
@@ -186,16 +197,20 @@ class FolderCheckpoint:
         return _open_safetensors(self._files[name])
 
 
-def write_texts(folder: Path, tokenizer: Path, template: Any) -> dict[str, str]:
-    """Copy the file `tokenizer`, and write `template` if it is a text, to `folder`; returns manifest key -> file."""
-    if not tokenizer.is_file():
-        raise ExportError(f"{tokenizer.parent} has no {tokenizer.name}")
-    shutil.copyfile(tokenizer, folder / "tokenizer.json")
-    texts = {"tokenizer": "tokenizer.json"}
-    if isinstance(template, str):
-        (folder / "chat_template.jinja").write_text(template, encoding="utf-8", newline="")
-        texts["chat_template"] = "chat_template.jinja"
-    return texts
+def copy_tokenizer(path: Path, folder: Path) -> dict[str, str]:
+    """Copy the tokenizer.json at `path` to `folder`; returns manifest key -> file name."""
+    if not path.is_file():
+        raise ExportError(f"{path.parent} has no {path.name}")
+    shutil.copyfile(path, folder / "tokenizer.json")
+    return {"tokenizer": "tokenizer.json"}
+
+
+def write_template(template: Any, folder: Path) -> dict[str, str]:
+    """Write the chat template, if it is a text, to `folder`; returns manifest key -> file name."""
+    if not isinstance(template, str):
+        return {}
+    (folder / "chat_template.jinja").write_text(template, encoding="utf-8", newline="")
+    return {"chat_template": "chat_template.jinja"}
 
 
 def _open_safetensors(path: Path) -> Any:

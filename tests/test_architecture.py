@@ -19,7 +19,7 @@ ALLOWED = {
     "kernels": {"numpy"},
     "engine": {"numpy", "tokenizers", "PIL", "jinja2", "siglance.kernels"},
     "export": {
-        *("numpy", "onnx_ir", "safetensors", "siglance.kernels"),
+        *("numpy", "onnx_ir", "safetensors", "gguf", "huggingface_hub", "siglance.kernels"),
         *("siglance.engine.errors", "siglance.engine.manifest"),
     },
     "export/demo": {"numpy", "PIL", "tokenizers", "siglance.engine.errors"},
