@@ -20,7 +20,7 @@ from .errors import BundleError, ContextFull, ImageError, InputError, PromptErro
 from .image_policy import POLICIES, Layout, resize
 from .limits import DEFAULT_LIMITS, Limits
 from .manifest import ImageFacts
-from .media import Picture, read_media
+from .media import PictureSource, read_media
 from .parts import Conversation, Image, ImageInput, Pdf, turns_of
 from .prompt import Media, Message, Part, Prompt, PromptBuilder, Text
 from .reply import Chunk, EncodedImage, Reply, StageClock, Usage
@@ -42,7 +42,7 @@ class _Picture:
     """A picture read or a page measured, or already encoded."""
 
     layout: Layout | None
-    source: Picture | None
+    source: PictureSource | None
     encoded: EncodedImage | None
 
     @property
@@ -340,7 +340,7 @@ class Engine:
         budget = image_tokens if part.tokens is None else part.tokens
         return [_Picture(self._layout(source, facts, budget), source, None) for source in sources]
 
-    def _layout(self, source: Picture, facts: ImageFacts, budget: int | None) -> Layout:
+    def _layout(self, source: PictureSource, facts: ImageFacts, budget: int | None) -> Layout:
         try:
             return POLICIES[facts.policy].layout(*source.proportions, facts, budget)
         except ImageError as error:

@@ -16,7 +16,7 @@ from .parts import Image, Pdf
 from .pdf import Page, is_pdf, open_pages
 from .sources import file_name, read_source
 
-__all__ = ["Picture", "read_media"]
+__all__ = ["PictureSource", "read_media"]
 
 # A page is drawn this many times larger per side than the model sees it, so that the one resampler of the engine does
 # the last step for pages as it does for photographs.
@@ -24,7 +24,7 @@ _OVERSAMPLING = 2
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Picture:
+class PictureSource:
     """One picture: an image, or a page of a document.
 
     Attributes:
@@ -43,7 +43,7 @@ class Picture:
     pixels: Callable[[int, int], npt.NDArray[np.uint8]]
 
 
-def read_media(part: Image | Pdf, number: int, limits: Limits) -> list[Picture]:
+def read_media(part: Image | Pdf, number: int, limits: Limits) -> list[PictureSource]:
     """The pictures that an attached part stands for: one, or one for each chosen page of a document.
 
     What a file is, its content says: an `Image` that is a PDF is all its pages. `number` counts attachments from 1, for
@@ -60,7 +60,7 @@ def read_media(part: Image | Pdf, number: int, limits: Limits) -> list[Picture]:
             return _pages(source, Pdf(source, tokens=part.tokens), limits, _name("document", number, part.source))
     pixels = load_image(source, limits=limits, name=name)
     size = pixels.shape[0], pixels.shape[1]
-    return [Picture(name, "image", size, size, lambda height, width: pixels)]
+    return [PictureSource(name, "image", size, size, lambda height, width: pixels)]
 
 
 def _name(kind: str, number: int, source: object) -> str:
@@ -75,9 +75,9 @@ def _read(source: object, limits: Limits, name: str, kind: type[InputError]) -> 
         raise kind(f"{name}: {error}") from error.__cause__
 
 
-def _pages(document: bytes, part: Pdf, limits: Limits, name: str) -> list[Picture]:
+def _pages(document: bytes, part: Pdf, limits: Limits, name: str) -> list[PictureSource]:
     pages = open_pages(document, part.pages, limits, name)
-    return [Picture(page.name, "document", page.size, page.proportions, _drawer(page)) for page in pages]
+    return [PictureSource(page.name, "document", page.size, page.proportions, _drawer(page)) for page in pages]
 
 
 def _drawer(page: Page) -> Callable[[int, int], npt.NDArray[np.uint8]]:
