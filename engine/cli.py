@@ -122,11 +122,23 @@ def run(
 
 @app.command()
 def export(
-    source: Annotated[Path, typer.Argument(help="Folder of a Hugging Face checkpoint.")],
+    source: Annotated[
+        str, typer.Argument(help="A checkpoint: a Hugging Face folder, a GGUF file, or an id on the Hugging Face hub.")
+    ],
     out: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="The new bundle folder.")],
-    precision: Annotated[str, typer.Option(metavar="P", help="fp32.")] = "fp32",
-    target: Annotated[str, typer.Option(metavar="T", help="cpu.")] = "cpu",
+    precision: Annotated[
+        str | None,
+        typer.Option(metavar="P", help="fp32, fp16 (for cuda), int8, int4 or keep (the default of a GGUF file)."),
+    ] = None,
+    target: Annotated[str, typer.Option(metavar="T", help="cpu or cuda.")] = "cpu",
     context: Annotated[int, typer.Option(metavar="N", help="Most tokens of prompt and reply together.")] = 32768,
+    tokenizer: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A tokenizer.json to use instead of the checkpoint's.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(metavar="R", help="Branch, tag or commit of a hub id.")] = None,
+    random: Annotated[
+        bool, typer.Option("--random", help="Random weights for the official model SOURCE: to measure size and speed.")
+    ] = False,
 ) -> None:
     """Turn a checkpoint into a bundle."""
     # The one place where the runtime reaches for the exporter: its packages come with the [export] extra.
@@ -137,7 +149,9 @@ def export(
         raise InputError(f"export needs the package {error.name!r}: pip install 'siglance[export]'") from None
     options = ExportOptions(precision=precision, target=target, context=context)
     with output.progress() as report:
-        result = export_checkpoint(source, out, options, progress=report)
+        result = export_checkpoint(
+            source, out, options, revision=revision, tokenizer=tokenizer, random=random, progress=report
+        )
     print(f"{result.folder}: {result.family}, {result.precision}, {result.total_bytes / 1e6:.1f} MB")
     for name, facts in result.graphs.items():
         print(f"  {name}: {facts['nodes']} nodes, {facts['weight_bytes'] / 1e6:.1f} MB of weights")

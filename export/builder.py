@@ -248,13 +248,15 @@ class GraphBuilder:
         )
         ir.save(model, path)
 
-    def summary(self) -> dict[str, int]:
-        """Number of nodes and bytes of initializers, for the export report."""
-        tensors = [value.const_value for value in self._graph.initializers.values()]
-        return {
-            "nodes": len(self._graph),
-            "weight_bytes": sum(tensor.nbytes for tensor in tensors if tensor is not None),
-        }
+    def summary(self) -> dict[str, Any]:
+        """Number of nodes and bytes of initializers, in all and by dtype, for the export report."""
+        dtypes: dict[str, int] = {}
+        for value in self._graph.initializers.values():
+            tensor = value.const_value
+            assert tensor is not None
+            name = tensor.dtype.name.lower()
+            dtypes[name] = dtypes.get(name, 0) + tensor.nbytes
+        return {"nodes": len(self._graph), "weight_bytes": sum(dtypes.values()), "dtypes": dtypes}
 
     def _initializer(self, name: str, tensor: ir.TensorProtocol) -> ir.Value:
         value = ir.Value(

@@ -38,7 +38,7 @@ from ..engine.manifest import (
 from .builder import GraphBuilder, WeightsFile
 from .checkpoint import Checkpoint, Weights
 from .families import ExportOptions, Facts, Family, find_family
-from .plan import plan_for
+from .plan import Plan, plan_for
 from .random_checkpoint import RandomCheckpoint, RandomWeights
 from .self_check import record_self_test, tokenizer_ids
 from .sources import open_source
@@ -51,12 +51,16 @@ _TOKEN = re.compile(r"<[^<>\s]+>")  # the tokens in what surrounds a picture, wh
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExportReport:
-    """What was written: the folder, nodes and weight bytes per graph, parts of the checkpoint that were left out."""
+    """What was written: the folder, nodes and weight bytes per graph, parts of the checkpoint that were left out.
+
+    `graphs` maps names to {"nodes", "weight_bytes", "dtypes": bytes by dtype}; a weight that several graphs use counts
+    in each of them and in `total_bytes`, the size of the folder, once.
+    """
 
     folder: Path
     family: str
     precision: str
-    graphs: dict[str, dict[str, int]]
+    graphs: dict[str, dict[str, Any]]
     left_out: tuple[str, ...]
     total_bytes: int
 
@@ -80,7 +84,8 @@ def export(
     stage as it begins. Raises ExportError for anything that cannot be exported; nothing is left behind in that case.
     """
     options = options or ExportOptions()
-    _check_options(options)
+    if options.context < 1:
+        raise ExportError(f"context {options.context} must be at least 1 token")
     if os.path.lexists(output):
         raise ExportError(f"{output} exists already; choose a new folder")
     checkpoint: Checkpoint
@@ -92,12 +97,13 @@ def export(
         checkpoint = open_source(source, revision=revision, tokenizer=tokenizer)
     if checkpoint.folder is not None and output.resolve().is_relative_to(checkpoint.folder.resolve()):
         raise ExportError(f"{output} is inside the checkpoint's folder, which is only read; choose another place")
+    plan = plan_for(options.precision or ("keep" if checkpoint.quantised else "fp32"), options.target)
     family = find_family(checkpoint.config)
     config = family.read(checkpoint.config)
     checkpoint.names()
     try:
         with _new_folder(output.parent), _temporary_sibling(output) as folder:
-            report = _write(checkpoint, family, config, options, folder, name or output.name, progress)
+            report = _write(checkpoint, family, config, options, plan, folder, name or output.name, progress)
             folder.rename(output)
     except OSError as error:
         raise ExportError(f"the bundle cannot be written to {output.parent}: {error}") from None
@@ -127,17 +133,12 @@ def _temporary_sibling(output: Path) -> Iterator[Path]:
         yield folder
 
 
-def _check_options(options: ExportOptions) -> None:
-    plan_for(options.precision, options.target)
-    if options.context < 1:
-        raise ExportError(f"context {options.context} must be at least 1 token")
-
-
 def _write(
     checkpoint: Checkpoint,
     family: Family,
     config: Any,
     options: ExportOptions,
+    plan: Plan,
     folder: Path,
     name: str,
     progress: Callable[[str], None],
@@ -151,7 +152,7 @@ def _write(
     with WeightsFile(folder / "weights.bin") as data:
         for graph_name, build in family.graphs(config).items():
             progress(graph_name)
-            graph = GraphBuilder(graph_name, data, plan_for(options.precision, options.target))
+            graph = GraphBuilder(graph_name, data, plan)
             build(graph, weights, config, options)
             graph.save(folder / f"{graph_name}.onnx", name)
             summaries[graph_name] = graph.summary()
@@ -163,20 +164,22 @@ def _write(
     files = {graph_name: _file_fact(folder / f"{graph_name}.onnx") for graph_name in summaries}
     files["weights"] = FileFact(path="weights.bin", size=data.path.stat().st_size, sha256=data.sha256)
     files |= {key: _file_fact(folder / file) for key, file in texts.items()}
-    manifest = _manifest(checkpoint, family, config, options, facts, files, folder, name)
+    manifest = _manifest(checkpoint, family, options, plan, facts, files, folder, name)
     progress("self-test")
     # The manifest travels as text; its file is written last, so that a killed export leaves no siglance.json.
     # Blocks are multiplied as they are only after packing; float weights stay mapped instead of being copied.
-    prepack = options.precision not in ("fp32", "fp16")
+    prepack = plan.decoder_bits < 16 or plan.keep
     self_test = _in_child(record_self_test, folder, write_manifest(manifest), prepack)
     (folder / "self_test.json").write_text(self_test, encoding="utf-8")
-    (folder / "export.json").write_text(json.dumps(_provenance(checkpoint, options, summaries, facts), indent=1) + "\n")
+    (folder / "export.json").write_text(
+        json.dumps(_provenance(checkpoint, options, plan, summaries, facts), indent=1) + "\n"
+    )
     files |= {key: _file_fact(folder / f"{key}.json") for key in ("self_test", "export")}
     (folder / MANIFEST_NAME).write_text(write_manifest(dataclasses.replace(manifest, files=files)), encoding="utf-8")
     return ExportReport(
         folder=folder,
         family=family.name,
-        precision=options.precision,
+        precision=plan.precision,
         graphs=summaries,
         left_out=facts.left_out,
         total_bytes=sum(path.stat().st_size for path in folder.iterdir()),
@@ -186,8 +189,8 @@ def _write(
 def _manifest(
     checkpoint: Checkpoint,
     family: Family,
-    config: Any,
     options: ExportOptions,
+    plan: Plan,
     facts: Facts,
     files: dict[str, FileFact],
     folder: Path,
@@ -220,7 +223,7 @@ def _manifest(
         source=checkpoint.source,
         revision=checkpoint.revision,
         target=options.target,
-        precision=options.precision,
+        precision=plan.precision,
         requires=facts.requires,
         modalities=("text", "image") if facts.image else ("text",),
         context=min(int(text.get("max_position_embeddings", options.context)), options.context),
@@ -247,7 +250,7 @@ def _sampling(generation: dict[str, Any]) -> SamplingFacts:
 
 
 def _provenance(
-    checkpoint: Checkpoint, options: ExportOptions, summaries: dict[str, dict[str, int]], facts: Facts
+    checkpoint: Checkpoint, options: ExportOptions, plan: Plan, summaries: dict[str, dict[str, Any]], facts: Facts
 ) -> dict[str, Any]:
     packages = ("onnx-ir", "onnxruntime", "onnxruntime-gpu", "numpy", "safetensors", "tokenizers", "siglance")
     versions = {package: _version(package) for package in packages}
@@ -255,9 +258,10 @@ def _provenance(
         "source": checkpoint.source,
         "revision": checkpoint.revision,
         "architectures": checkpoint.config.get("architectures"),
-        "options": dataclasses.asdict(options),
+        "options": dataclasses.asdict(options) | {"precision": plan.precision},
         "graphs": summaries,
         "left_out": list(facts.left_out),
+        "notes": list(facts.notes),
         "versions": {package: version for package, version in versions.items() if version}
         | {"python": platform.python_version()},
     }

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from ..engine.errors import ExportError
 from ..kernels.quantize import Blocks
 from .builder import FLOAT, FLOAT16, MICROSOFT, UINT8, GraphBuilder
 from .checkpoint import SLICE_BYTES, Weights
@@ -163,7 +164,7 @@ def _product(
         def halves() -> list[np.ndarray]:
             matrix = read()
             graph.record(key, _largest_row(matrix))
-            return [matrix.T.astype(np.float16)]
+            return [_as_half(key, matrix.T)]
 
         matrix = graph.weight(f"{key}.transposed", shape[::-1], halves, FLOAT16)
         return _half_product(graph, x, key, lambda half: graph.op("MatMul", half, matrix, name=name))
@@ -218,6 +219,13 @@ def _half_product(graph: GraphBuilder, x: ir.Value, key: str, multiply: Callable
     return graph.op("Mul", graph.op("Cast", product, to=int(FLOAT)), factor, name="rescale")
 
 
+def _as_half(key: str, values: np.ndarray) -> np.ndarray:
+    largest, limit = float(np.abs(values).max(initial=0.0)), float(np.finfo(np.float16).max)
+    if not largest <= limit:
+        raise ExportError(f"weight {key!r} has an entry of {largest:g}; float16 ends at {limit:g}")
+    return values.astype(np.float16)
+
+
 def _largest_row(matrix: np.ndarray) -> float:
     """The largest Euclidean length of a row."""
     return float(np.sqrt(np.einsum("ij,ij->i", matrix, matrix).max()))
@@ -237,7 +245,7 @@ def block_weights(
     def codes() -> Iterator[np.ndarray]:
         largest = 0.0
         for blocks in packed():
-            scales.append(blocks.scales.astype(np.float16 if graph.plan.half else np.float32))
+            scales.append(_as_half(f"{key}.scales", blocks.scales) if graph.plan.half else blocks.scales)
             if graph.plan.half:
                 # |row| <= sqrt(sum over blocks of block * (largest code * scale)^2)
                 peak = np.sqrt(storage.block) * 2 ** (storage.bits - 1)
@@ -299,7 +307,7 @@ def table(graph: GraphBuilder, weights: Weights, key: str, name: str, shape: tup
             largest = 0.0
             for rows in weights.read_rows(name, shape):
                 largest = max(largest, _largest_row(rows))
-                yield rows.astype(np.float16)
+                yield _as_half(key, rows)
             graph.record(key, largest)
 
         return Table(key, shape, storage, graph.weight(key, shape, halves, FLOAT16))

@@ -45,6 +45,7 @@ class Plan:
     [columns, columns]; a matrix that has some is quantised with error feedback.
     """
 
+    precision: str = "fp32"
     decoder_bits: int = 32
     vision_bits: int = 32
     keep: bool = False  # a matrix that the checkpoint stores in blocks stays as it is
@@ -83,4 +84,5 @@ def plan_for(precision: str, target: str) -> Plan:
         )
     half = target == "cuda" and precision != "fp32"
     decoder, vision = {"fp32": (32, 32), "fp16": (16, 16), "int8": (8, 8), "int4": (4, 8), "keep": (32, 32)}[precision]
-    return Plan(decoder_bits=decoder, vision_bits=vision, keep=precision == "keep", half=half)
+    keep = precision == "keep"
+    return Plan(precision=precision, decoder_bits=decoder, vision_bits=vision, keep=keep, half=half)

@@ -38,6 +38,7 @@ class RandomCheckpoint:
     def __init__(self, name: str):
         self.folder: Path | None = None
         self.revision: str | None = None
+        self.quantised = False
         self.source = f"random:{name}"
         self.config = official_config(name)
 

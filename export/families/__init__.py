@@ -24,9 +24,12 @@ __all__ = ["ConfigReader", "ExportOptions", "Facts", "Family", "families", "find
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExportOptions:
-    """What the caller chose. `context` is the number of tokens that prompt and reply may have together."""
+    """What the caller chose. `context` is the number of tokens that prompt and reply may have together.
 
-    precision: str = "fp32"
+    `precision` None is the default of the source: "keep" for a file whose matrices are quantised, else "fp32".
+    """
+
+    precision: str | None = None
     target: str = "cpu"
     context: int = 32768
 
@@ -44,6 +47,7 @@ class Facts:
     layout: str = "inline"  # see PromptFacts; "media_first" bundles have no chat template
     prompt_end: str = ""
     left_out: tuple[str, ...] = ()  # parts of the checkpoint that the bundle does not have, in words
+    notes: tuple[str, ...] = ()  # what the user of the bundle should know, in words
 
 
 GraphFunction = Callable[[GraphBuilder, Weights, Any, ExportOptions], None]

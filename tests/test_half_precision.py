@@ -1,0 +1,126 @@
+"""float16 bundles: right where a naive float16 graph overflows, and everything outside of matrix products in float32."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from siglance.engine.bundle import Bundle
+from siglance.engine.errors import DeviceError, ExportError
+from siglance.engine.runtime import Runtime
+from siglance.export.exporter import export
+from siglance.export.families import ExportOptions
+
+from . import tiny
+
+IDS = np.arange(100, 140)
+
+
+def write_gemma3(folder: Path, scales: dict[str, float]) -> None:
+    """A tiny checkpoint whose tensors with these endings are multiplied; norms count with their 1 +."""
+    tiny.write_gemma3(folder)
+    tensors = load_file(folder / "model.safetensors")
+    for name, value in tensors.items():
+        for ending, factor in scales.items():
+            if name.endswith(ending):
+                tensors[name] = np.float32((1 + value) * factor - 1 if "norm" in ending else value * factor)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def logits_of(folder: Path) -> np.ndarray:
+    """Logits [V] of the last row; float16 bundles are made for GPUs and run here on the CPU, as self-tests do."""
+    return Runtime(Bundle.open(folder), device="cpu", foreign=True).session().prefill(IDS)
+
+
+def naive_logits(fp32: Path) -> np.ndarray:
+    """The float32 bundle's graphs with every float32 tensor turned into float16, run on the same ids."""
+    feeds: dict[str, np.ndarray] = {"input_ids": IDS[None]}
+    outputs: dict[str, np.ndarray] = {}
+    for name in ("embed", "decoder"):
+        model = ir.load(fp32 / f"{name}.onnx")
+        for value in (*model.graph.inputs, *model.graph.outputs):
+            if value.dtype == ir.DataType.FLOAT:
+                value.type = ir.TensorType(ir.DataType.FLOAT16)
+        for key, value in list(model.graph.initializers.items()):
+            tensor = value.const_value
+            assert tensor is not None
+            if tensor.dtype == ir.DataType.FLOAT:
+                with np.errstate(over="ignore"):
+                    half = ir.tensor(tensor.numpy().astype(np.float16), name=key)
+                value.const_value, value.type = half, ir.TensorType(ir.DataType.FLOAT16)
+        session = onnxruntime.InferenceSession(
+            ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"]
+        )
+        if name == "decoder":
+            feeds = {"inputs_embeds": outputs["inputs_embeds"], "seqlens_k": np.array([len(IDS) - 1], np.int32)}
+            feeds |= {"total_sequence_length": np.array(len(IDS), np.int32), "logit_rows": np.array([len(IDS) - 1])}
+            for node in session.get_inputs():
+                if node.name.startswith("past."):
+                    shape = [side if isinstance(side, int) else 64 for side in node.shape]
+                    feeds[node.name] = np.zeros(shape, np.float16)
+        names = [node.name for node in session.get_outputs()]
+        outputs = dict(zip(names, session.run(None, feeds), strict=True))
+    return outputs["logits"][0].astype(np.float32)
+
+
+# What makes float16 overflow, each alone: the residual stream, the gated product, and the output of a norm.
+HAZARDS = {
+    "residual": {"post_feedforward_layernorm.weight": 2e4, "post_attention_layernorm.weight": 2e4},
+    "gated product": {"gate_proj.weight": 150.0, "up_proj.weight": 150.0},
+    "norm output": {"pre_feedforward_layernorm.weight": 3e5, "gate_proj.weight": 1e-6, "up_proj.weight": 1e-2},
+}
+
+
+@pytest.mark.parametrize("hazard", HAZARDS)
+def test_a_naive_float16_graph_overflows_and_ours_does_not(hazard, tmp_path):
+    write_gemma3(tmp_path / "checkpoint", HAZARDS[hazard])
+    export(tmp_path / "checkpoint", tmp_path / "fp32")
+    export(tmp_path / "checkpoint", tmp_path / "fp16", ExportOptions(precision="fp16", target="cuda"))
+    expected, found = logits_of(tmp_path / "fp32"), logits_of(tmp_path / "fp16")
+    assert not np.isfinite(naive_logits(tmp_path / "fp32")).all()
+    assert np.isfinite(found).all()
+    assert np.abs(found - expected).max() < 0.01 * np.ptp(expected)
+    assert found.argmax() == expected.argmax()
+
+
+def test_a_harmless_model_survives_the_naive_graph(tmp_path):
+    """The comparison above means something: without a hazard the naive graph is as good as ours."""
+    write_gemma3(tmp_path / "checkpoint", {})
+    export(tmp_path / "checkpoint", tmp_path / "fp32")
+    expected = logits_of(tmp_path / "fp32")
+    assert np.abs(naive_logits(tmp_path / "fp32") - expected).max() < 0.05
+
+
+@pytest.mark.parametrize("family", ["gemma3", "gemma4"])
+def test_float16_loses_no_more_than_rounding(family, tmp_path):
+    getattr(tiny, f"write_{family}")(tmp_path / "checkpoint")
+    for precision, target in (("fp32", "cpu"), ("fp16", "cuda")):
+        export(tmp_path / "checkpoint", tmp_path / precision, ExportOptions(precision=precision, target=target))
+    expected, found = logits_of(tmp_path / "fp32"), logits_of(tmp_path / "fp16")
+    assert np.abs(found - expected).max() < 0.01 * np.ptp(expected)
+    graph = ir.load(tmp_path / "fp16" / "decoder.onnx").graph
+    assert all(node.inputs[0].dtype != ir.DataType.FLOAT16 for node in graph if "LayerNormalization" in node.op_type)
+    states = [value for value in graph.inputs if value.name and value.name.startswith("past.")]
+    assert states
+    assert all(value.dtype == ir.DataType.FLOAT16 for value in states)
+
+
+def test_a_float16_bundle_is_refused_on_a_cpu(tmp_path):
+    tiny.write_gemma3(tmp_path / "checkpoint")
+    export(tmp_path / "checkpoint", tmp_path / "bundle", ExportOptions(precision="fp16", target="cuda"))
+    with pytest.raises(DeviceError, match="cuda"):
+        Runtime(Bundle.open(tmp_path / "bundle"))
+    with pytest.raises(ExportError, match="fp16"):
+        export(tmp_path / "checkpoint", tmp_path / "other", ExportOptions(precision="fp16"))
+
+
+def test_weights_beyond_float16_are_refused(tmp_path):
+    write_gemma3(tmp_path / "checkpoint", {"down_proj.weight": 1e7})
+    with pytest.raises(ExportError, match=r"down_proj.*float16"):
+        export(tmp_path / "checkpoint", tmp_path / "bundle", ExportOptions(precision="fp16", target="cuda"))
+    assert not (tmp_path / "bundle").exists()
