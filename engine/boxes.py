@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["CONVENTIONS", "Box", "Boxes", "parse_boxes"]
+__all__ = ["CONVENTIONS", "TEXT_TOKENS", "Box", "Boxes", "parse_boxes"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,3 +222,6 @@ CONVENTIONS: dict[str, Callable[[str, Sequence[tuple[int, int]]], Boxes]] = {
     "loc": _loc,
     "none": _none,
 }
+
+# Added tokens that are part of the text of prompts and replies in a convention, even if a tokenizer marks them special.
+TEXT_TOKENS: dict[str, re.Pattern[str]] = {"loc": re.compile(r"<(loc\d{4}|seg\d{3})>", re.ASCII)}

@@ -7,58 +7,29 @@ from __future__ import annotations
 
 import os
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from threading import Lock
 
 import numpy as np
-from tokenizers import Tokenizer
 
-from .boxes import parse_boxes
+from .boxes import TEXT_TOKENS, parse_boxes
 from .bundle import Bundle
-from .errors import BundleError, ContextFull, ImageError, InputError, PromptError
-from .image_policy import POLICIES, Layout, resize
+from .errors import BundleError, ContextFull, InputError, PromptError
 from .limits import DEFAULT_LIMITS, Limits
 from .manifest import ImageFacts
-from .media import PictureSource, read_media
+from .media import read_media
 from .parts import Conversation, Image, ImageInput, Pdf, turns_of
-from .prompt import Media, Message, Part, Prompt, PromptBuilder, Text
+from .pictures import PreparedPicture, assign_spans, lay_out
+from .prompt import Message, Part, Prompt, PromptBuilder, Text, sole_turn
 from .reply import Chunk, EncodedImage, Reply, StageClock, Usage
 from .runtime import PREFILL_CHUNK, Runtime, Session, SoftTokens
 from .sampling import Effective, Sampling, make_sampler, resolve
 from .self_test import VerifyReport, replay
 from .template import ChatTemplate
-from .text import TextStream, special_ids
-
-from ..kernels.patches import patchify  # isort: skip
+from .text import TextStream, load_tokenizer, special_ids
 
 __all__ = ["DEFAULT_MAX_TOKENS", "Engine"]
 
 DEFAULT_MAX_TOKENS = 1024
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Picture:
-    """A picture read or a page measured, or already encoded."""
-
-    layout: Layout | None
-    source: PictureSource | None
-    encoded: EncodedImage | None
-
-    @property
-    def soft_tokens(self) -> int:
-        return len(self.encoded) if self.encoded is not None else self.layout.soft_tokens if self.layout else 0
-
-    @property
-    def size(self) -> tuple[int, int]:
-        if self.encoded is not None:
-            return self.encoded.size
-        assert self.source is not None
-        return self.source.size
-
-    @property
-    def modality(self) -> str:
-        return self.source.modality if self.source is not None else "image"
 
 
 class Engine:
@@ -85,14 +56,15 @@ class Engine:
         self.bundle = bundle
         self.manifest = bundle.manifest
         self.limits = limits
-        self._tokenizer = _load_tokenizer(bundle.path("tokenizer"))
+        self._tokenizer = load_tokenizer(bundle.path("tokenizer"), TEXT_TOKENS.get(self.manifest.reply.boxes))
         # Ids that are not text. Read once: a large tokenizer has thousands of added tokens.
         self._hidden = special_ids(self._tokenizer) | set(self.manifest.stop_ids)
         template = _load_template(bundle)
-        self._prompts = PromptBuilder(self._tokenizer, self.manifest.prompt, template)
+        crops = None if self.manifest.image is None else self.manifest.image.pan_and_scan
+        self._prompts = PromptBuilder(self._tokenizer, self.manifest.prompt, template, crops)
         self._runtime: Runtime | None = Runtime(bundle, device=device, threads=threads)
         self._turn = Lock()
-        self._raw_only = template is None
+        self._raw_only = template is None and self.manifest.prompt.layout == "inline"
 
     @classmethod
     def open(
@@ -139,6 +111,7 @@ class Engine:
         stop: str | Sequence[str] = (),
         raw: bool = False,
         prompt_ids: Sequence[int] | None = None,
+        pan_and_scan: bool = False,
         prefill_chunk: int = PREFILL_CHUNK,
     ) -> Reply:
         """Answer, and return the whole reply.
@@ -152,9 +125,12 @@ class Engine:
             sampling: fields that are None take the bundle's defaults.
             stop: strings that end the reply just before them.
             raw: complete the text as it stands, without the chat template. Bundles of base models are always raw.
+                There are no roles then: one user turn, and no system text.
             prompt_ids: the whole prompt as token ids; the conversation then holds pictures only, in the order of the
                 runs of soft tokens.
-            prefill_chunk: tokens of the prompt that run at once.
+            pan_and_scan: show long pictures in crops too, each with as many tokens as the whole picture. Only bundles
+                whose manifest has facts for it can do that (Gemma 3).
+            prefill_chunk: tokens of the prompt that run at once, more where tokens that see each other would be parted.
 
         Raises:
             InputError: a part, budget, sampling value or limit cannot be used (ImageError, PromptError, SamplingError),
@@ -171,6 +147,7 @@ class Engine:
             stop=stop,
             raw=raw,
             prompt_ids=prompt_ids,
+            pan_and_scan=pan_and_scan,
             prefill_chunk=prefill_chunk,
         ):
             reply = chunk.reply
@@ -188,6 +165,7 @@ class Engine:
         stop: str | Sequence[str] = (),
         raw: bool = False,
         prompt_ids: Sequence[int] | None = None,
+        pan_and_scan: bool = False,
         prefill_chunk: int = PREFILL_CHUNK,
     ) -> Generator[Chunk, None, None]:
         """Like `generate`, as chunks of text; joined they are the text of the reply, which the last chunk carries.
@@ -200,7 +178,7 @@ class Engine:
         text = TextStream(self._tokenizer, stop, self._hidden)
         _check_positive("max_tokens", max_tokens)
         _check_positive("prefill_chunk", prefill_chunk)
-        pictures, prompt = self._prepare(conversation, system, image_tokens, raw, prompt_ids, clock)
+        pictures, prompt = self._prepare(conversation, system, image_tokens, raw, prompt_ids, pan_and_scan, clock)
         session = self.runtime.session()
         logits = self._prefill(session, prompt, pictures, prefill_chunk, clock)
         ids: list[int] = []
@@ -238,11 +216,11 @@ class Engine:
         yield Chunk(pieces[-1], tuple(ids[given:]), reply)
 
     def encode(self, image: ImageInput, *, image_tokens: int | None = None) -> EncodedImage:
-        """Run the vision tower once, to ask many questions about one picture."""
+        """Run the vision tower once, to ask many questions about one picture: the whole of it, never crops."""
         [(_, [part])] = turns_of([image], None)
         if isinstance(part, Text):
             raise InputError("encode takes a picture, not text")
-        pictures = self._read(part, image_tokens, 1, StageClock())
+        pictures = self._read(part, image_tokens, False, 1, StageClock())
         if len(pictures) > 1:
             raise InputError(f"encode takes one picture, not a document of {len(pictures)} pages: choose one with Pdf")
         return self._encode(pictures[0], StageClock())
@@ -254,9 +232,10 @@ class Engine:
         system: str | None = None,
         image_tokens: int | None = None,
         raw: bool = False,
+        pan_and_scan: bool = False,
     ) -> dict[str, int]:
         """Prompt tokens by modality and in "total", without running a graph."""
-        pictures, prompt = self._prepare(conversation, system, image_tokens, raw, None, StageClock())
+        pictures, prompt = self._prepare(conversation, system, image_tokens, raw, None, pan_and_scan, StageClock())
         return {"total": len(prompt.ids), **_by_modality(prompt, pictures)}
 
     def prompt_logits(
@@ -267,10 +246,11 @@ class Engine:
         image_tokens: int | None = None,
         raw: bool = False,
         prompt_ids: Sequence[int] | None = None,
+        pan_and_scan: bool = False,
     ) -> np.ndarray:
         """Logits of every row of the prompt, float32 [prompt tokens, vocabulary]."""
         clock = StageClock()
-        pictures, prompt = self._prepare(conversation, system, image_tokens, raw, prompt_ids, clock)
+        pictures, prompt = self._prepare(conversation, system, image_tokens, raw, prompt_ids, pan_and_scan, clock)
         soft = self._soft_tokens(prompt, pictures, clock)
         with self._turn:
             return self.runtime.session().prompt_logits(prompt.ids, soft)
@@ -289,10 +269,13 @@ class Engine:
         image_tokens: int | None,
         raw: bool,
         prompt_ids: Sequence[int] | None,
+        pan_and_scan: bool,
         clock: StageClock,
-    ) -> tuple[list[_Picture], Prompt]:
+    ) -> tuple[list[PreparedPicture], Prompt]:
         """Read all media and lay out the prompt; everything that can be refused is refused here."""
-        pictures: list[_Picture] = []
+        if pan_and_scan and (self.manifest.image is None or self.manifest.image.pan_and_scan is None):
+            raise InputError("pan_and_scan: the model of this bundle does not see pictures in crops")
+        pictures: list[PreparedPicture] = []
         messages = []
         attached = 0
         for role, parts in turns_of(conversation, system):
@@ -302,72 +285,64 @@ class Engine:
                     built.append(part)
                     continue
                 attached += 1
-                read = self._read(part, image_tokens, attached, clock)
+                read = self._read(part, image_tokens, pan_and_scan, attached, clock)
                 pictures += read
-                built += [Media(soft_tokens=picture.soft_tokens) for picture in read]
+                built += [picture.medium for picture in read]
             messages.append(Message(role, built))
         if prompt_ids is not None:
             prompt = self._from_ids(prompt_ids, messages, pictures)
         elif raw or self._raw_only:
-            prompt = self._prompts.raw([part for message in messages for part in message.parts])
+            prompt = self._prompts.raw(sole_turn(messages))
         else:
             prompt = self._prompts.chat(messages)
         if len(prompt.ids) > self.manifest.context:
             raise ContextFull(len(prompt.ids), self.manifest.context)
         return pictures, prompt
 
-    def _from_ids(self, ids: Sequence[int], messages: list[Message], pictures: list[_Picture]) -> Prompt:
+    def _from_ids(self, ids: Sequence[int], messages: list[Message], pictures: list[PreparedPicture]) -> Prompt:
         texts = [part.text for message in messages for part in message.parts if isinstance(part, Text)]
         if any(texts):
             raise PromptError("a prompt given as ids cannot have text beside it")
-        prompt = self._prompts.from_ids(ids)
-        found, expected = [span.length for span in prompt.spans], [picture.soft_tokens for picture in pictures]
-        if found != expected:
-            raise PromptError(f"the prompt ids have runs of {found} soft tokens, the pictures give {expected}")
-        return prompt
+        return assign_spans(self._prompts.from_ids(ids), pictures)
 
     def _read(
-        self, part: Image | Pdf | EncodedImage, image_tokens: int | None, number: int, clock: StageClock
-    ) -> list[_Picture]:
+        self,
+        part: Image | Pdf | EncodedImage,
+        image_tokens: int | None,
+        pan_and_scan: bool,
+        number: int,
+        clock: StageClock,
+    ) -> list[PreparedPicture]:
         """Read attachment `number`, counted from 1, and lay it out: one picture, or one for each page of a document."""
         facts = self._image_facts(f"{'document' if isinstance(part, Pdf) else 'image'} {number}")
         if isinstance(part, EncodedImage):
             if part.bundle != self._identity:
                 raise InputError(f"image {number} was encoded by another bundle")
-            return [_Picture(None, None, part)]
+            if pan_and_scan:
+                raise InputError(f"image {number} is encoded already, it cannot be shown in crops (pan_and_scan)")
+            return [PreparedPicture(encoded=part)]
         with clock.stage("decode_file"):
             sources = read_media(part, number, self.limits)
         budget = image_tokens if part.tokens is None else part.tokens
-        return [_Picture(self._layout(source, facts, budget), source, None) for source in sources]
+        return [lay_out(source, facts, budget, pan_and_scan=pan_and_scan) for source in sources]
 
-    def _layout(self, source: PictureSource, facts: ImageFacts, budget: int | None) -> Layout:
-        try:
-            return POLICIES[facts.policy].layout(*source.proportions, facts, budget)
-        except ImageError as error:
-            raise ImageError(f"{source.name}: {error}") from None
-
-    def _encode(self, picture: _Picture, clock: StageClock) -> EncodedImage:
+    def _encode(self, picture: PreparedPicture, clock: StageClock, view: int = 0) -> EncodedImage:
         if picture.encoded is not None:
             return picture.encoded
-        assert picture.source is not None
-        assert picture.layout is not None
-        facts = self._image_facts("image")
         with clock.stage("decode_file"):  # a page of a document is drawn now
-            pixels = picture.source.pixels(picture.layout.height, picture.layout.width)
+            pixels = picture.pixels(view)
         with clock.stage("resize"):
-            pixels = resize(pixels, picture.layout.height, picture.layout.width, facts.resample)
-            patches = patchify(pixels, facts.patch_size, facts.pool_size)
+            patches = picture.patches(view, pixels, self._image_facts("image"))
         with clock.stage("vision"), self._turn:
-            values = self.runtime.encode(patches.values, patches.positions, picture.soft_tokens)
+            values = self.runtime.encode(patches.values, patches.positions, picture.soft_tokens[view])
         return EncodedImage(values, picture.size, self._identity)
 
-    def _soft_tokens(self, prompt: Prompt, pictures: list[_Picture], clock: StageClock) -> list[SoftTokens]:
-        return [
-            SoftTokens(span.start, self._encode(pictures[span.media_index], clock).soft_tokens) for span in prompt.spans
-        ]
+    def _soft_tokens(self, prompt: Prompt, pictures: list[PreparedPicture], clock: StageClock) -> list[SoftTokens]:
+        encoded = (self._encode(pictures[span.media_index], clock, span.view) for span in prompt.spans)
+        return [SoftTokens(span.start, image.soft_tokens) for span, image in zip(prompt.spans, encoded, strict=True)]
 
     def _prefill(
-        self, session: Session, prompt: Prompt, pictures: list[_Picture], chunk: int, clock: StageClock
+        self, session: Session, prompt: Prompt, pictures: list[PreparedPicture], chunk: int, clock: StageClock
     ) -> np.ndarray:
         soft = self._soft_tokens(prompt, pictures, clock)
         with clock.stage("prefill"), self._turn:
@@ -378,7 +353,7 @@ class Engine:
         text: str,
         ids: list[int],
         prompt: Prompt,
-        pictures: list[_Picture],
+        pictures: list[PreparedPicture],
         finish: str,
         effective: Effective,
         clock: StageClock,
@@ -421,7 +396,7 @@ def _check_positive(name: str, value: object) -> None:
         raise InputError(f"{name} is {value!r}, it must be an integer of at least 1")
 
 
-def _by_modality(prompt: Prompt, pictures: list[_Picture]) -> dict[str, int]:
+def _by_modality(prompt: Prompt, pictures: list[PreparedPicture]) -> dict[str, int]:
     """Prompt tokens by modality; "document" is there only for prompts with one."""
     counts = {"text": len(prompt.ids), "image": 0}
     for span in prompt.spans:
@@ -429,13 +404,6 @@ def _by_modality(prompt: Prompt, pictures: list[_Picture]) -> dict[str, int]:
         counts[modality] = counts.get(modality, 0) + span.length
         counts["text"] -= span.length
     return counts
-
-
-def _load_tokenizer(path: Path) -> Tokenizer:
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises plain Exception
-        raise BundleError(f"{path.name} cannot be read: {error}") from None
 
 
 def _load_template(bundle: Bundle) -> ChatTemplate | None:

@@ -10,8 +10,8 @@ Three rules, each a law in tests/test_prompt.py:
 2. *Soft tokens come from attached media only.* The template writes one placeholder item per medium; it is expanded in
    the string, so that the newlines of an expansion merge with their neighbours into one token as they do in
    transformers' processors. The number of items is checked before anything runs.
-3. *Exactly one beginning-of-sequence token*, whether the template writes none, one or several: at index 0, or behind the
-   media in the layout "media_first".
+3. *Exactly one beginning-of-sequence token*, whether the template writes none, one or several: at index 0, or behind
+   the media in the layout "media_first".
 
 Splitting at control tokens and encoding run by run gives the ids of encoding the whole string: the tokenizers of these
 families cut at added tokens first and add no prefix space.

@@ -13,17 +13,39 @@ become valid any more.
 from __future__ import annotations
 
 import codecs
+import json
 import re
 from collections.abc import Collection, Sequence
+from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from .errors import PromptError
+from .errors import BundleError, PromptError
 
-__all__ = ["TextStream", "special_ids"]
+__all__ = ["TextStream", "load_tokenizer", "special_ids"]
 
 _REPLACEMENT = "\ufffd"
 _BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
+
+
+def load_tokenizer(path: Path, text_tokens: re.Pattern[str] | None = None) -> Tokenizer:
+    """Read a tokenizer.json. Added tokens that match `text_tokens` are text, whatever their flag says.
+
+    Special tokens are not part of replies and cannot be written in prompts. Raises BundleError when it cannot be read.
+    """
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+        if text_tokens is None or not any(
+            token.special and text_tokens.fullmatch(token.content)
+            for token in tokenizer.get_added_tokens_decoder().values()
+        ):
+            return tokenizer
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        for token in facts["added_tokens"]:
+            token["special"] = token["special"] and not text_tokens.fullmatch(token["content"])
+        return Tokenizer.from_str(json.dumps(facts))
+    except Exception as error:  # tokenizers raises plain Exception
+        raise BundleError(f"{path.name} cannot be read: {error}") from None
 
 
 def special_ids(tokenizer: Tokenizer) -> frozenset[int]:

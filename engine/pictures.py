@@ -1,0 +1,131 @@
+"""Pictures on their way to the vision tower: a view of the whole is laid out, and crops where they are wanted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from ..kernels import geometry
+from ..kernels.patches import Patches, patchify
+from .errors import ImageError, PromptError
+from .image_policy import POLICIES, Layout, resize
+from .manifest import ImageFacts
+from .media import PictureSource
+from .prompt import Media, Prompt, Span
+from .reply import EncodedImage
+
+__all__ = ["PreparedPicture", "View", "assign_spans", "lay_out"]
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """What the vision tower sees at once: `box` is (top, left, bottom, right) in units of the proportions."""
+
+    box: tuple[int, int, int, int]
+    layout: Layout
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PreparedPicture:
+    """A picture with its views (the whole, then crops), or one that is encoded already and has none."""
+
+    source: PictureSource | None = None
+    views: tuple[View, ...] = ()
+    encoded: EncodedImage | None = None
+
+    @property
+    def soft_tokens(self) -> tuple[int, ...]:
+        """Number of soft tokens of each view."""
+        if self.encoded is not None:
+            return (len(self.encoded),)
+        return tuple(view.layout.soft_tokens for view in self.views)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) that boxes are measured in."""
+        if self.encoded is not None:
+            return self.encoded.size
+        assert self.source is not None
+        return self.source.size
+
+    @property
+    def modality(self) -> str:
+        return self.source.modality if self.source is not None else "image"
+
+    @property
+    def medium(self) -> Media:
+        """What a prompt needs to know."""
+        whole, *crops = self.soft_tokens
+        return Media(soft_tokens=whole, crops=tuple(crops))
+
+    def pixels(self, view: int) -> npt.NDArray[np.uint8]:
+        """The pixels of one view, uint8 [H, W, 3], not resized yet. A page is drawn large enough for it now."""
+        assert self.source is not None
+        (height, width), (top, left, bottom, right) = self.source.proportions, self.views[view].box
+        layout = self.views[view].layout
+        whole = self.source.pixels(
+            -(-layout.height * height // (bottom - top)), -(-layout.width * width // (right - left))
+        )
+        # Images have the size of their proportions; pages may have been drawn in another one.
+        rows, columns = whole.shape[0], whole.shape[1]
+        return whole[
+            top * rows // height : -(-bottom * rows // height), left * columns // width : -(-right * columns // width)
+        ]
+
+    def patches(self, view: int, pixels: npt.NDArray[np.uint8], facts: ImageFacts) -> Patches:
+        """Resize the pixels of one view and cut them into patches."""
+        layout = self.views[view].layout
+        return patchify(resize(pixels, layout.height, layout.width, facts.resample), facts.patch_size, facts.pool_size)
+
+
+def lay_out(
+    source: PictureSource, facts: ImageFacts, budget: int | None, *, pan_and_scan: bool = False
+) -> PreparedPicture:
+    """Choose the views of a picture and their sizes; `budget` is the number of soft tokens of each view.
+
+    Raises ImageError, naming the picture, for a budget or a size that is not possible, or for `pan_and_scan` with a
+    model that does not have it.
+    """
+    height, width = source.proportions
+    boxes = [(0, 0, height, width)]
+    if pan_and_scan:
+        crops = facts.pan_and_scan
+        if crops is None:
+            raise ImageError(f"{source.name}: this model does not see pictures in crops, pan and scan is not possible")
+        boxes += geometry.pan_and_scan_crops(
+            height, width, min_crop=crops.min_crop, max_crops=crops.max_crops, min_ratio=crops.min_ratio
+        )
+    layout = POLICIES[facts.policy].layout
+    try:
+        views = [View(box, layout(box[2] - box[0], box[3] - box[1], facts, budget)) for box in boxes]
+    except ImageError as error:
+        raise ImageError(f"{source.name}: {error}") from None
+    return PreparedPicture(source, tuple(views))
+
+
+def assign_spans(prompt: Prompt, pictures: Sequence[PreparedPicture]) -> Prompt:
+    """A prompt given as ids, with its runs of soft tokens dealt out to the views of the pictures in order.
+
+    Pictures without a token between them are one run. Raises PromptError if the runs do not fit the pictures.
+    """
+    wanted = [
+        (index, view, length)
+        for index, picture in enumerate(pictures)
+        for view, length in enumerate(picture.soft_tokens)
+    ]
+    spans: list[Span] = []
+    fits = True
+    for run in prompt.spans:
+        start, end = run.start, run.start + run.length
+        while start < end and len(spans) < len(wanted):
+            index, view, length = wanted[len(spans)]
+            spans.append(Span(start, length, index, view))
+            start += length
+        fits = fits and start == end
+    if not fits or len(spans) != len(wanted):
+        found, expected = [run.length for run in prompt.spans], [length for _, _, length in wanted]
+        raise PromptError(f"the prompt ids have runs of {found} soft tokens, the pictures give {expected}")
+    return Prompt(prompt.ids, tuple(spans), prompt.text)
