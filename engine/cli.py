@@ -48,6 +48,9 @@ BudgetOption = Annotated[
     int | None, typer.Option("--image-tokens", metavar="N", help="Token budget of pictures without their own.")
 ]
 RawOption = Annotated[bool, typer.Option("--raw", help="Complete the text as it stands, without the chat template.")]
+PanAndScanOption = Annotated[
+    bool, typer.Option("--pan-and-scan", help="Show long pictures in crops too, if the model knows that (Gemma 3).")
+]
 DeviceOption = Annotated[str, typer.Option("--device", metavar="D", help="auto, cpu, cuda or cuda:N.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
@@ -69,6 +72,7 @@ def run(
     seed: Annotated[int | None, typer.Option(metavar="N", help="Same seed, same text.")] = None,
     stop: Annotated[list[str] | None, typer.Option(metavar="S", help="End the reply before this text.")] = None,
     raw: RawOption = False,
+    pan_and_scan: PanAndScanOption = False,
     prompt_ids: Annotated[
         Path | None, typer.Option(metavar="FILE", help="The whole prompt as a JSON list of token ids.")
     ] = None,
@@ -94,7 +98,8 @@ def run(
         output.check_place(option, path)
     drawing = None if draw is None else output.picture_format("--draw", draw)
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
-    common = {"system": system, "image_tokens": image_tokens, "raw": raw, "prompt_ids": ids}
+    common = {"system": system, "image_tokens": image_tokens, "raw": raw, "pan_and_scan": pan_and_scan}
+    common["prompt_ids"] = ids
     with Engine.open(bundle, device=device) as engine:
         rows = None if logits is None else engine.prompt_logits(parts, **common)
         reply: Reply | None = None
@@ -195,11 +200,14 @@ def count_tokens(
     system: SystemOption = None,
     image_tokens: BudgetOption = None,
     raw: RawOption = False,
+    pan_and_scan: PanAndScanOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Count the tokens of a prompt by modality, without running the model."""
     with Engine.open(bundle) as engine:
-        counts = engine.count_tokens(_parts(image, prompt), system=system, image_tokens=image_tokens, raw=raw)
+        counts = engine.count_tokens(
+            _parts(image, prompt), system=system, image_tokens=image_tokens, raw=raw, pan_and_scan=pan_and_scan
+        )
     if as_json:
         print(json.dumps(counts))
     else:
