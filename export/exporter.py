@@ -11,21 +11,18 @@ import dataclasses
 import hashlib
 import itertools
 import json
-import multiprocessing
 import os
 import platform
 import re
 import tempfile
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from ..engine.errors import ExportError, SiglanceError
+from ..engine.errors import ExportError
 from ..engine.manifest import (
     FORMAT,
     MANIFEST_NAME,
@@ -37,6 +34,7 @@ from ..engine.manifest import (
 )
 from .builder import GraphBuilder, WeightsFile
 from .checkpoint import Checkpoint, Weights
+from .child import in_child
 from .families import ExportOptions, Facts, Family, find_family
 from .plan import Plan, plan_for
 from .random_checkpoint import RandomCheckpoint, RandomWeights
@@ -45,7 +43,6 @@ from .sources import open_source
 
 __all__ = ["ExportReport", "export"]
 
-Result = TypeVar("Result")
 _TOKEN = re.compile(r"<[^<>\s]+>")  # the tokens in what surrounds a picture, which may have line breaks in it too
 
 
@@ -169,7 +166,7 @@ def _write(
     # The manifest travels as text; its file is written last, so that a killed export leaves no siglance.json.
     # Blocks are multiplied as they are only after packing; float weights stay mapped instead of being copied.
     prepack = plan.decoder_bits < 16 or plan.keep
-    self_test = _in_child(record_self_test, folder, write_manifest(manifest), prepack)
+    self_test = in_child(record_self_test, str(folder), write_manifest(manifest), prepack)
     (folder / "self_test.json").write_text(self_test, encoding="utf-8")
     (folder / "export.json").write_text(
         json.dumps(_provenance(checkpoint, options, plan, summaries, facts), indent=1) + "\n"
@@ -205,7 +202,7 @@ def _manifest(
     image = facts.image_prompt
     spelled = image.item + image.before + image.soft + image.after if image else ""
     required = [begin, *_TOKEN.findall(spelled)]
-    ids = _in_child(tokenizer_ids, folder / "tokenizer.json", (*required, *facts.turn_ends))
+    ids = in_child(tokenizer_ids, str(folder / "tokenizer.json"), (*required, *facts.turn_ends))
     missing = [token for token in required if token not in ids]
     if missing:
         raise ExportError(f"tokenizer.json has no token {', '.join(map(repr, missing))}")
@@ -279,17 +276,3 @@ def _file_fact(path: Path) -> FileFact:
         return FileFact(
             path=path.name, size=path.stat().st_size, sha256=hashlib.file_digest(file, "sha256").hexdigest()
         )
-
-
-def _in_child(function: Callable[..., Result], *arguments: Any) -> Result:
-    """Call `function` in a process of its own and return its result; its memory is gone afterwards."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
-        try:
-            return pool.submit(function, *arguments).result()
-        except BrokenProcessPool:
-            raise ExportError(f"{function.__name__} was killed; is there enough memory?") from None
-        except ExportError:
-            raise
-        except SiglanceError as error:
-            raise ExportError(f"the exported bundle does not run: {error}") from None

@@ -1,5 +1,5 @@
 """Work of the exporter that runs in a child process: the tokenizer (hundreds of megabytes while it is loaded) and the
-first run of the new bundle. Functions here take and return plain values.
+first run of the new bundle. Functions here take and return values that JSON has.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from ..engine.self_test import record
 __all__ = ["record_self_test", "tokenizer_ids"]
 
 
-def tokenizer_ids(path: Path, tokens: tuple[str, ...]) -> dict[str, int]:
-    """The ids of those `tokens` that the tokenizer has."""
+def tokenizer_ids(path: str, tokens: list[str]) -> dict[str, int]:
+    """The ids of those `tokens` that the tokenizer file at `path` has."""
     from tokenizers import Tokenizer  # not at module level: only this function's process should pay for it
 
     try:
-        tokenizer = Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_file(path)
     except Exception as error:  # tokenizers raises plain Exception
-        raise ExportError(f"{path.name} cannot be read: {error}") from None
+        raise ExportError(f"{Path(path).name} cannot be read: {error}") from None
     found = {token: tokenizer.token_to_id(token) for token in tokens}
     return {token: identifier for token, identifier in found.items() if identifier is not None}
 
 
-def record_self_test(folder: Path, manifest: str, prepack: bool) -> str:
+def record_self_test(folder: str, manifest: str, prepack: bool) -> str:
     """Run the bundle in `folder`, whose manifest has this text, and return the text of its self_test.json."""
-    return json.dumps(record(Bundle(folder, read_manifest(manifest)), prepack=prepack), indent=1) + "\n"
+    return json.dumps(record(Bundle(Path(folder), read_manifest(manifest)), prepack=prepack), indent=1) + "\n"
