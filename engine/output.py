@@ -122,5 +122,14 @@ def progress() -> Iterator[Callable[[str], None]]:
     if not console.is_terminal:
         yield lambda stage: None
         return
-    with console.status("starting") as status:
-        yield lambda stage: status.update(stage)
+    status = console.status("")
+
+    def report(stage: str) -> None:
+        # Not before the first stage: until then a download may be drawing its own bars.
+        status.update(stage)
+        status.start()
+
+    try:
+        yield report
+    finally:
+        status.stop()
