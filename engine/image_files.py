@@ -21,17 +21,18 @@ __all__ = ["FORMATS", "check_size", "decode"]
 
 # Every format whose pixels Pillow decodes by itself and that content can tell. Left out: EPS and WMF (other programs
 # render them), BUFR, GRIB, HDF5 and MPEG (recognised, not decoded), SPIDER, IMT and IPTC (nothing to tell them by), BLP
-# and FITS (their size is known only after data of any size has been unpacked).
+# and FITS (their size is known only after data of any size has been unpacked), IM (Pillow is going to drop it).
 _SIGNED = (
     *("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "ICO", "AVIF", "JPEG2000", "ICNS", "PSD", "DDS", "QOI"),
-    *("FTEX", "XPM", "XBM", "XVTHUMB", "MSP", "SUN", "SGI", "DCX", "CUR", "PIXAR", "MCIDAS"),
+    *("FTEX", "XPM", "XBM", "XVTHUMB", "MSP", "SUN", "SGI", "DCX", "PIXAR", "MCIDAS"),
 )
-_UNSIGNED = ("FLI", "GBR", "PCX", "DIB", "PCD", "IM", "TGA")  # a header that can be checked, no or next to no signature
+# A header that can be checked, and no signature or one that others share (a cursor begins like a TGA).
+_UNSIGNED = ("FLI", "GBR", "PCX", "CUR", "DIB", "PCD", "TGA")
 FORMATS = _SIGNED + _UNSIGNED
 _PLUGINS = (
     *("Png", "Jpeg", "Mpo", "WebP", "Gif", "Bmp", "Tiff", "Ppm", "Ico", "Avif", "Jpeg2K", "Icns", "Psd", "Dds", "Qoi"),
     *("Ftex", "Xpm", "Xbm", "XVThumb", "Msp", "Sun", "Sgi", "Dcx", "Cur", "Pixar", "McIdas"),
-    *("Fli", "Gbr", "Pcx", "Pcd", "Im", "Tga"),
+    *("Fli", "Gbr", "Pcx", "Pcd", "Tga"),
 )  # the opener of JPEG reads MPO too, and the module of BMP has DIB
 
 for _plugin in _PLUGINS:  # importing a plugin registers its opener; Image.init() would import all of them

@@ -47,9 +47,12 @@ def upright_rgb(image: Image.Image) -> npt.NDArray[np.uint8]:
     Raises ImageError if the data is broken or truncated, or the mode is not supported.
     """
     try:
-        key = _transparent_key(image)  # before decoding, which forgets how the samples were stored
+        # Before decoding, which forgets how the samples were stored and where the frame lies.
+        key, frame = _transparent_key(image), _first_frame_box(image)
         image.load()
         rgb = _to_rgb(image, key)
+        if frame is not None:
+            rgb = _on_white(rgb, frame)
         # After decoding: PNG may keep its EXIF behind the pixels, and TIFF images turn themselves and drop the tag.
         turn = _UPRIGHT.get(_orientation(image))
         return np.array(rgb if turn is None else rgb.transpose(turn))
@@ -111,6 +114,22 @@ def _transparent_key(image: Image.Image) -> int | tuple[int, ...] | None:
     if isinstance(key, int):
         return key * factor >> shift
     return tuple(component * factor >> shift for component in key)
+
+
+def _first_frame_box(image: Image.Image) -> tuple[int, int, int, int] | None:
+    """Where the first frame of a not yet decoded GIF lies on its canvas, if it does not cover it."""
+    tile = getattr(image, "tile", None)
+    if not tile or image.format != "GIF" or getattr(image, "tell", int)() != 0:
+        return None
+    box = tile[0][1]
+    return None if box is None or box == (0, 0, *image.size) else box
+
+
+def _on_white(rgb: Image.Image, box: tuple[int, int, int, int]) -> Image.Image:
+    """What nothing has drawn on is transparent, hence white; Pillow gives it the first colour of the palette."""
+    canvas = Image.new("RGB", rgb.size, "white")
+    canvas.paste(rgb.crop(box), box[:2])
+    return canvas
 
 
 def _orientation(image: Image.Image) -> int:
