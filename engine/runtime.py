@@ -17,7 +17,7 @@ from .graph import Device, Graph, TensorFacts, resolve_device, tensor
 from .manifest import ImageFacts
 from .state import DecoderState, check_state
 
-__all__ = ["PREFILL_CHUNK", "Runtime", "Session", "SoftTokens"]
+__all__ = ["PREFILL_CHUNK", "Runtime", "Session", "SoftTokens", "chunk_spans"]
 
 PREFILL_CHUNK = 512  # tokens of the prompt that run at once: bounds the memory of activations
 
@@ -184,7 +184,7 @@ class Session:
             raise InputError(f"the prefill chunk is {chunk}, it must be at least 1")
         blocks = self._blocks(len(ids), soft)
         self._state.reserve(len(ids))
-        for start, stop in _chunks(len(ids), chunk, blocks):
+        for start, stop in chunk_spans(len(ids), chunk, blocks):
             wires = self._splice(ids[start:stop], start, soft)
             last = np.array([stop - start - 1], np.int64)
             yield self._run(wires, _block_ends(start, stop, blocks, self.length), last)[0]
@@ -198,7 +198,7 @@ class Session:
         blocks = self._blocks(len(ids), soft)
         self._state.reserve(len(ids))
         rows = np.empty((len(ids), self._runtime.vocabulary), np.float32)
-        for start, stop in _chunks(len(ids), PREFILL_CHUNK if any_rows else 1, blocks):
+        for start, stop in chunk_spans(len(ids), PREFILL_CHUNK if any_rows else 1, blocks):
             wires = self._splice(ids[start:stop], start, soft)
             wanted = np.arange(stop - start, dtype=np.int64)
             self._run(wires, _block_ends(start, stop, blocks, self.length), wanted, into=rows[start:stop])
@@ -269,7 +269,7 @@ def _soft_runs(soft: Sequence[SoftTokens]) -> list[_Block]:
     return runs
 
 
-def _chunks(length: int, chunk: int, blocks: Sequence[_Block]) -> Iterator[tuple[int, int]]:
+def chunk_spans(length: int, chunk: int, blocks: Sequence[_Block]) -> Iterator[tuple[int, int]]:
     """Cut `length` rows into (start, stop) of at most `chunk` rows, and never inside a block.
 
     Rows of a block see its later rows, so the whole block must be there when they run. A chunk ends before a block
