@@ -18,7 +18,9 @@ from . import output
 from .bundle import Bundle
 from .engine import DEFAULT_MAX_TOKENS, Engine
 from .errors import InputError, PromptError, SiglanceError
-from .parts import Image, PartLike
+from .limits import read_limits
+from .media import is_document
+from .parts import Image, PartLike, Pdf
 from .prompt import Text
 from .reply import Reply
 from .runtime import PREFILL_CHUNK
@@ -39,7 +41,17 @@ BundleArgument = Annotated[str, typer.Argument(help="Folder of a bundle, or a na
 ImageOption = Annotated[
     list[str] | None,
     typer.Option(
-        "-i", "--image", metavar="FILE[@BUDGET]", help="A picture, with a token budget of its own if you like."
+        "-i", "--image", metavar="FILE[@BUDGET]", help="A picture or a PDF, with a token budget of its own if you like."
+    ),
+]
+PagesOption = Annotated[
+    str | None,
+    typer.Option("--pages", metavar="A-B", help="Pages of the PDFs, such as 3, 1-3 or 1-3,7. Otherwise all."),
+]
+LimitOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--limit", metavar="NAME=N", help="Let larger files in: bytes, pixels, pages, page_seconds, page_memory."
     ),
 ]
 PromptOption = Annotated[str, typer.Option("-p", "--prompt", metavar="TEXT", help="The question, after the pictures.")]
@@ -59,6 +71,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.
 def run(
     bundle: BundleArgument = "demo",
     image: ImageOption = None,
+    pages: PagesOption = None,
     prompt: PromptOption = "",
     system: SystemOption = None,
     image_tokens: BudgetOption = None,
@@ -83,13 +96,15 @@ def run(
         Path | None,
         typer.Option(metavar="FILE.npy", help="Also write the prompt's logits, float32 [prompt tokens, vocabulary]."),
     ] = None,
+    limit: LimitOption = None,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
     draw: Annotated[Path | None, typer.Option(metavar="OUT.png", help="Draw the boxes of the reply.")] = None,
 ) -> None:
     """Ask a question about pictures, or complete a text."""
     ids = None if prompt_ids is None else _read_ids(prompt_ids)
-    parts = _parts(image, prompt)
+    limits = read_limits(limit or ())
+    parts = _parts(image, pages, prompt)
     if draw is not None and len(image or []) != 1:
         raise InputError(f"--draw draws on the picture of the prompt, which needs exactly one, not {len(image or [])}")
     if ids is None and not parts and not raw:
@@ -97,10 +112,11 @@ def run(
     for option, path in (("--logits", logits), ("--draw", draw)):
         output.check_place(option, path)
     drawing = None if draw is None else output.picture_format("--draw", draw)
+    canvas = None if draw is None else output.canvas(_attached(image, pages)[0], limits)
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
     common = {"system": system, "image_tokens": image_tokens, "raw": raw, "pan_and_scan": pan_and_scan}
     common["prompt_ids"] = ids
-    with Engine.open(bundle, device=device) as engine:
+    with Engine.open(bundle, device=device, limits=limits) as engine:
         rows = None if logits is None else engine.prompt_logits(parts, **common)
         reply: Reply | None = None
         for chunk in engine.stream(
@@ -120,8 +136,8 @@ def run(
             output.note(output.DEMO_NOTE)
     if logits is not None and rows is not None:
         output.write("--logits", logits, lambda file: np.save(file, rows))
-    if draw is not None and drawing is not None and image is not None:
-        picture = output.drawn(reply, _image(image[0]))
+    if draw is not None and drawing is not None and canvas is not None:
+        picture = output.drawn(reply, canvas)
         output.write("--draw", draw, lambda file: picture.save(file, drawing))
 
 
@@ -196,17 +212,20 @@ def inspect(
 def count_tokens(
     bundle: BundleArgument = "demo",
     image: ImageOption = None,
+    pages: PagesOption = None,
     prompt: PromptOption = "",
     system: SystemOption = None,
     image_tokens: BudgetOption = None,
     raw: RawOption = False,
     pan_and_scan: PanAndScanOption = False,
+    limit: LimitOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Count the tokens of a prompt by modality, without running the model."""
-    with Engine.open(bundle) as engine:
+    parts = _parts(image, pages, prompt)
+    with Engine.open(bundle, limits=read_limits(limit or ())) as engine:
         counts = engine.count_tokens(
-            _parts(image, prompt), system=system, image_tokens=image_tokens, raw=raw, pan_and_scan=pan_and_scan
+            parts, system=system, image_tokens=image_tokens, raw=raw, pan_and_scan=pan_and_scan
         )
     if as_json:
         print(json.dumps(counts))
@@ -214,16 +233,25 @@ def count_tokens(
         print("\n".join(f"{name} {count}" for name, count in counts.items()))
 
 
-def _parts(images: list[str] | None, prompt: str) -> list[PartLike]:
-    return [*map(_image, images or []), *([Text(prompt)] if prompt else [])]
+def _parts(images: list[str] | None, pages: str | None, prompt: str) -> list[PartLike]:
+    return [*_attached(images, pages), *([Text(prompt)] if prompt else [])]
 
 
-def _image(argument: str) -> Image:
+def _attached(images: list[str] | None, pages: str | None) -> list[Image | Pdf]:
+    attached = [_file(argument, pages) for argument in images or []]
+    if pages is not None and not any(isinstance(part, Pdf) for part in attached):
+        raise InputError(f"--pages {pages}: none of the files is a PDF")
+    return attached
+
+
+def _file(argument: str, pages: str | None) -> Image | Pdf:
     """FILE or FILE@BUDGET; a file whose name really ends in @digits is found under its full name."""
     name, separator, budget = argument.rpartition("@")
     has_budget = separator and budget.isdecimal() and not os.path.exists(argument)
     source = name if has_budget else argument
-    return Image(source if source.lower().startswith("data:") else Path(source), int(budget) if has_budget else None)
+    source = source if source.lower().startswith("data:") else Path(source)
+    tokens = int(budget) if has_budget else None
+    return Pdf(source, pages, tokens) if pages is not None and is_document(source) else Image(source, tokens)
 
 
 def _read_ids(path: Path) -> list[int]:

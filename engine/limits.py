@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
 from .errors import InputError
 
-__all__ = ["DEFAULT_LIMITS", "Limits"]
+__all__ = ["DEFAULT_LIMITS", "Limits", "read_limits"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,3 +36,22 @@ class Limits:
 
 
 DEFAULT_LIMITS = Limits()
+
+
+def read_limits(assignments: Iterable[str]) -> Limits:
+    """Limits from texts such as "pixels=100000000"; the names are those of the fields without "max_".
+
+    Raises InputError for an unknown name or a value that is not a positive number.
+    """
+    kinds = {field.name.removeprefix("max_"): field for field in fields(Limits)}
+    values: dict[str, float] = {}
+    for assignment in assignments:
+        name, _, value = (part.strip() for part in assignment.partition("="))
+        if name not in kinds:
+            raise InputError(f"there is no limit {name!r}; the limits are {', '.join(kinds)}")
+        field = kinds[name]
+        try:
+            values[field.name] = float(value) if field.name == "max_page_seconds" else int(value)
+        except ValueError:
+            raise InputError(f"the limit {name} is {value!r}, it must be a number above 0") from None
+    return Limits(**values)  # pyright: ignore[reportArgumentType] - each field has the type of its own

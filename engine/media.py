@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -11,12 +12,12 @@ import PIL.Image
 
 from .errors import DocumentError, ImageError, InputError
 from .image import load_image
-from .limits import Limits
+from .limits import DEFAULT_LIMITS, Limits
 from .parts import Image, Pdf
 from .pdf import Page, is_pdf, open_pages
-from .sources import file_name, read_source
+from .sources import file_name, is_data_uri, read_source
 
-__all__ = ["PictureSource", "read_media"]
+__all__ = ["PictureSource", "is_document", "read_media"]
 
 # A page is drawn this many times larger per side than the model sees it, so that the one resampler of the engine does
 # the last step for pages as it does for photographs.
@@ -61,6 +62,17 @@ def read_media(part: Image | Pdf, number: int, limits: Limits) -> list[PictureSo
     pixels = load_image(source, limits=limits, name=name)
     size = pixels.shape[0], pixels.shape[1]
     return [PictureSource(name, "image", size, size, lambda height, width: pixels)]
+
+
+def is_document(source: str | Path) -> bool:
+    """Whether a path or a data URI is that of a PDF: by its content, or by its name if it cannot be read."""
+    if isinstance(source, str) and is_data_uri(source):
+        return is_pdf(read_source(source, DEFAULT_LIMITS.max_bytes))
+    try:
+        with open(source, "rb") as file:
+            return is_pdf(file.read(1024))
+    except (OSError, ValueError):
+        return str(source).lower().endswith(".pdf")
 
 
 def _name(kind: str, number: int, source: object) -> str:

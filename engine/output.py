@@ -13,13 +13,15 @@ import PIL.Image
 
 from .draw import draw_boxes
 from .errors import InputError
-from .image import load_image
-from .parts import Image
+from .limits import Limits
+from .media import PictureSource, read_media
+from .parts import Image, Pdf
 from .reply import Reply
 from .self_test import VerifyReport
 
 __all__ = [
     "DEMO_NOTE",
+    "canvas",
     "check_place",
     "drawn",
     "note",
@@ -65,9 +67,10 @@ def reply_json(reply: Reply) -> dict[str, Any]:
 def reply_summary(reply: Reply) -> str:
     """One line: tokens, stages, speed."""
     timings, usage = reply.timings, reply.usage
+    pictures = usage.prompt_tokens - usage.by_modality["text"]
     speed = f"{1e3 / timings.per_token:.0f} tokens/s" if timings.per_token else "one token"
     return (
-        f"{usage.prompt_tokens} prompt tokens ({usage.by_modality['image']} of pictures), {usage.completion_tokens} "
+        f"{usage.prompt_tokens} prompt tokens ({pictures} of pictures), {usage.completion_tokens} "
         f"in the reply, ended by {reply.finish_reason} | read {timings.decode_file:.0f} ms, "
         f"resize {timings.resize:.0f}, "
         f"vision {timings.vision:.0f}, prefill {timings.prefill:.0f}, first token after {timings.first_token:.0f} ms, "
@@ -80,9 +83,27 @@ def verify_json(report: VerifyReport) -> dict[str, Any]:
     return dataclasses.asdict(report)
 
 
-def drawn(reply: Reply, image: Image) -> PIL.Image.Image:
-    """The picture with the boxes of the reply."""
-    return draw_boxes(load_image(image.source), reply.boxes)
+def canvas(part: Image | Pdf, limits: Limits) -> PictureSource:
+    """The one picture of a part, to draw on. Raises InputError if the part has several."""
+    pictures = read_media(part, 1, limits)
+    if len(pictures) != 1:
+        raise InputError(
+            f"--draw needs exactly one picture, the document has {len(pictures)} pages: choose with --pages"
+        )
+    return pictures[0]
+
+
+def drawn(reply: Reply, picture: PictureSource) -> PIL.Image.Image:
+    """The picture with the boxes of the reply; a page of a document as large as it is drawn, at most."""
+    height, width = picture.size
+    pixels = picture.pixels(height, width)
+    down, across = pixels.shape[0] / height, pixels.shape[1] / width
+    boxes = [
+        dataclasses.replace(box, box=(x_min * across, y_min * down, x_max * across, y_max * down))
+        for box in reply.boxes
+        for x_min, y_min, x_max, y_max in [box.box]
+    ]
+    return draw_boxes(pixels, boxes)
 
 
 def check_place(option: str, path: Path | None) -> None:

@@ -30,6 +30,7 @@ EXCEPTIONS = {
     "engine/state.py": {"onnxruntime"},  # the type of a binding
     "engine/cli.py": {"typer", "siglance.export.exporter", "siglance.export.families"},  # the export command's body
     "engine/output.py": {"rich"},  # progress
+    "engine/pdf_worker.py": {"pypdfium2"},  # runs in a process of its own
     "export/demo/checkpoint.py": {"transformers"},  # compares the training code with the official model
     "export/self_check.py": {
         "tokenizers",
@@ -127,7 +128,7 @@ def test_the_runtime_imports_neither_torch_nor_onnx():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="/")
     loaded = set(ast.literal_eval(done.stdout))
     assert "onnxruntime" in loaded
-    assert not loaded & {"torch", "transformers", "onnx", "onnx_ir", "safetensors", "ml_dtypes", "pytest"}
+    assert not loaded & {"torch", "transformers", "onnx", "onnx_ir", "safetensors", "ml_dtypes", "pypdfium2", "pytest"}
 
 
 @pytest.mark.parametrize("path", [path for path in MODULES if not name_of(path).startswith("export/demo")], ids=name_of)
