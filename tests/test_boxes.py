@@ -1,4 +1,4 @@
-"""Boxes in replies: the box_2d convention."""
+"""Boxes in replies: the conventions box_2d and loc."""
 
 import json
 import time
@@ -141,6 +141,154 @@ def test_the_first_image_is_meant_unless_the_object_names_one():
     found = [(box.image, box.box) for box in read(text, images).boxes]
     assert found == [(0, first), (1, second), (0, first), (0, first), (0, first), (0, first)]
     assert read(BOTH, []).boxes == ()
+
+
+# --- loc
+
+
+def loc(*values):
+    return "".join(f"<loc{value:04d}>" for value in values)
+
+
+def seg(count=16):
+    return "".join(f"<seg{index % 128:03d}>" for index in range(count))
+
+
+def read_loc(text, images=(SIZE,)):
+    return parse_boxes(text, "loc", images)
+
+
+WHOLE = (0.0, 0.0, 1200.0, 675.0)
+TITLE_LOC = (0.0, 0.0, 1200.0, 675.0 * 100 / 1023)
+
+
+def test_locations_are_y_before_x_on_a_grid_of_1023():
+    """A title bar is wide and flat; the last bin is the edge of the picture."""
+    found = read_loc(f"{loc(0, 0, 100, 1023)} title bar")
+    assert found == Boxes((Box("title bar", pytest.approx(TITLE_LOC)),), truncated=False)
+    assert read_loc(loc(341, 682, 1023, 1023) + " x").boxes[0].box == pytest.approx((800, 225, 1200, 675))
+
+
+@pytest.mark.parametrize(
+    ("text", "labels"),
+    [
+        (f"{loc(0, 0, 1023, 1023)} cat ; {loc(0, 0, 1023, 1023)} two dogs", ["cat", "two dogs"]),
+        (f"{loc(0, 0, 1023, 1023)} cat;{loc(0, 0, 1023, 1023)}dog", ["cat", "dog"]),
+        (f"{loc(0, 0, 1023, 1023)} cat {loc(0, 0, 1023, 1023)} dog\n", ["cat", "dog"]),
+        (f"There: {loc(0, 0, 1023, 1023)} cat ; nothing else", ["cat"]),
+        (f"{loc(0, 0, 1023, 1023)}{loc(0, 0, 1023, 1023)} cat", ["", "cat"]),
+        (f"{loc(0, 0, 1023, 1023)}", [""]),
+        (f"{loc(0, 0, 1023, 1023)}{seg()} cat ; {loc(0, 0, 1023, 1023)}{seg()} dog", ["cat", "dog"]),
+        (f"{loc(0, 0, 1023, 1023)} {seg()}", [""]),
+        (f"{loc(0, 0, 1023)} cat ; {loc(0, 0, 1023, 1023)} dog", ["dog"]),
+        (f"{loc(0, 0, 1023, 1023, 5)} cat", ["cat"]),
+        ("<loc0000> <loc0000>\n<loc1023><loc1023> <b>東京</b>", ["<b>東京</b>"]),
+    ],
+    ids=["two", "no spaces", "no semicolon", "prose", "no label between", "alone", "segments", "segments alone",
+         "three locations", "five locations", "white space"],
+)  # fmt: skip
+def test_locations_are_found_with_their_labels(text, labels):
+    assert read_loc(text) == Boxes(tuple(Box(label, WHOLE) for label in labels), truncated=False)
+
+
+@pytest.mark.parametrize(
+    ("text", "boxes"),
+    [
+        (loc(0), 0),
+        (loc(0, 0, 1023), 0),
+        (f"{loc(0, 0, 1023, 1023)} cat ; {loc(0, 0)}", 1),
+        (f"{loc(0, 0, 1023, 1023)} cat ;", 1),
+        (f"{loc(0, 0, 1023, 1023)} cat ; ", 1),
+        (f"{loc(0, 0, 1023, 1023)}{seg(7)}", 1),
+    ],
+)
+def test_an_answer_cut_off_keeps_complete_objects_and_says_so(text, boxes):
+    found = read_loc(text)
+    assert found.truncated
+    assert len(found.boxes) == boxes
+
+
+@pytest.mark.parametrize("text", ["", "a cat", "<loc12>", "<loc00001>", "<loc١٢٣٤>", seg(), "; ;", "<loc"])
+def test_a_text_without_locations_is_empty_and_complete(text):
+    assert read_loc(text) == Boxes((), truncated=False)
+
+
+def test_locations_are_put_in_order_and_clamped():
+    assert read_loc(loc(1023, 1023, 0, 0) + " x").boxes == (Box("x", WHOLE),)
+    assert read_loc(loc(0, 0, 9999, 4000) + " x").boxes == (Box("x", WHOLE),)
+
+
+def test_locations_mean_the_first_image():
+    assert [box.image for box in read_loc(loc(0, 0, 9, 9) * 2, [SIZE, (1, 1)]).boxes] == [0, 0]
+    assert read_loc(loc(0, 0, 9), []) == Boxes((), truncated=True)
+    assert read_loc(loc(0, 0, 9, 9), []).boxes == ()
+
+
+loc_pieces = st.sampled_from(
+    [
+        loc(0),
+        loc(512),
+        loc(1023),
+        loc(7, 8, 9, 10),
+        seg(1),
+        seg(16),
+        "<loc",
+        "9999>",
+        "<",
+        ">",
+        ";",
+        " ; ",
+        " ",
+        "cat",
+        "\ud800",
+    ]
+)
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.text() | st.lists(loc_pieces, max_size=30).map("".join))
+def test_any_text_gives_locations_inside_the_picture(text):
+    for box in read_loc(text).boxes:
+        x_min, y_min, x_max, y_max = box.box
+        assert 0 <= x_min <= x_max <= 1200
+        assert 0 <= y_min <= y_max <= 675
+        assert box.image == 0
+        assert ";" not in box.label
+        assert "<seg0" not in box.label
+
+
+plain_label = st.text(st.characters(exclude_characters=";<", exclude_categories=["Cs"]), min_size=1).map(str.strip)
+
+
+@given(
+    st.lists(st.tuples(st.lists(st.integers(0, 1023), min_size=4, max_size=4), plain_label.filter(bool)), max_size=5)
+)
+def test_any_valid_detection_is_read_in_full(objects):
+    result = read_loc(" ; ".join(f"{loc(*values)} {label}" for values, label in objects))
+    assert not result.truncated
+    assert [box.label for box in result.boxes] == [label for _, label in objects]
+    for box, (values, _) in zip(result.boxes, objects, strict=True):
+        y_min, y_max = sorted(values[::2])
+        x_min, x_max = sorted(values[1::2])
+        expected = [
+            value / 1023 * side for value, side in zip((x_min, y_min, x_max, y_max), (1200, 675) * 2, strict=True)
+        ]
+        assert box.box == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    "piece",
+    ["<loc0000>", "<loc0000> ", "<loc0000>x", "<loc0000>;", "<loc", "<loc0", " ", ";", "<seg000>",
+     loc(1, 2, 3, 4) + "<seg000>", loc(1, 2, 3, 4) + " a ; ", "<loc0000>\n\n<"],
+)  # fmt: skip
+def test_the_time_for_locations_is_linear_too(piece):
+    text = piece * (1_000_000 // len(piece))
+    started = time.process_time()
+    read_loc(text)
+    assert time.process_time() - started < 2
+
+
+# --- both
 
 
 def test_conventions_are_a_registry(monkeypatch):

@@ -1,14 +1,16 @@
 """From pixels to patches under a policy of the manifest."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from siglance.engine.errors import ImageError
-from siglance.engine.image_policy import POLICIES, resize
-from siglance.engine.manifest import MECHANISMS, ImageFacts
+from siglance.engine.bundle import demo_folder
+from siglance.engine.errors import BundleError, ImageError
+from siglance.engine.image_policy import POLICIES, Layout, resize
+from siglance.engine.manifest import MECHANISMS, ImageFacts, read_manifest
 from siglance.kernels import reference
 
 FACTS = ImageFacts(
@@ -118,3 +120,67 @@ def test_extreme_contrast_stays_in_range(resample):
         large = resize(pixels, 768, 768, resample)
         assert large[:: 768 - 1, :: 768 - 1].tolist() == pixels[:: 512 - 1, :: 512 - 1].tolist()  # the four corners
         assert len(np.unique(large)) == 1 or (large == 0).mean() > 0.2 < (large == 255).mean()
+
+
+# --- squash
+
+PALIGEMMA = ImageFacts(
+    policy="squash", patch_size=14, pool_size=1, budgets=(256,), default_budget=256, resample="bicubic"
+)
+GEMMA3 = ImageFacts(
+    policy="squash", patch_size=14, pool_size=4, budgets=(256,), default_budget=256, resample="bilinear"
+)
+SQUASH = POLICIES["squash"]
+
+
+@pytest.mark.parametrize("size", [(1, 1), (224, 224), (686, 960), (3000, 100), (7, 4000)])
+def test_every_picture_is_squashed_to_the_one_size(size):
+    assert SQUASH.layout(*size, PALIGEMMA, None) == Layout(224, 224, 256)
+    assert SQUASH.layout(*size, GEMMA3, 256) == Layout(896, 896, 256)
+    larger = dataclasses.replace(PALIGEMMA, budgets=(4096,), default_budget=4096)
+    assert SQUASH.layout(*size, larger, None) == Layout(896, 896, 4096)
+
+
+@pytest.mark.parametrize("facts", [PALIGEMMA, GEMMA3])
+def test_a_squashed_picture_is_one_resize(facts):
+    pixels = random_pixels(100, 300)
+    layout = SQUASH.layout(100, 300, facts, None)
+    patches = SQUASH.prepare(pixels, facts)
+    resample = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}[facts.resample]
+    expected = np.asarray(Image.fromarray(pixels).resize((layout.width, layout.height), resample))
+    for values, (x, y) in zip(patches.values, patches.positions, strict=True):
+        block = expected[14 * y : 14 * y + 14, 14 * x : 14 * x + 14]
+        assert np.array_equal(values.reshape(14, 14, 3), block)
+    assert len(patches.values) == layout.soft_tokens * facts.pool_size**2
+
+
+@pytest.mark.parametrize("budget", [70, 0, -256, 257, 256.0, "256"])
+def test_a_squash_bundle_has_one_size(budget):
+    with pytest.raises(
+        ImageError, match=rf"{budget} soft tokens is not possible, this bundle has one image size of 256"
+    ):
+        SQUASH.layout(100, 100, GEMMA3, budget)
+
+
+def test_a_size_without_pixels_cannot_be_squashed():
+    with pytest.raises(ImageError, match="0x5 pixels"):
+        SQUASH.layout(5, 0, GEMMA3, None)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"budgets": [256, 1024], "default_budget": 256}, "one square number"),
+        ({"budgets": [255], "default_budget": 255}, "one square number"),
+        ({"budgets": [256], "default_budget": 1024}, "'image.default_budget' is 1024"),
+        ({"policy": "crop"}, "'image:crop' among them"),
+    ],
+)
+def test_what_a_squash_manifest_cannot_say(change, message):
+    facts = json.loads((demo_folder() / "siglance.json").read_text())
+    facts["requires"] = [name.replace("aspect_patches", "squash") for name in facts["requires"]]
+    facts["image"] |= {"policy": "squash", "budgets": [256], "default_budget": 256}
+    assert read_manifest(json.dumps(facts)).image.policy == "squash"
+    facts["image"] |= change
+    with pytest.raises(BundleError, match=message):
+        read_manifest(json.dumps(facts))
