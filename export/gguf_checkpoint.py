@@ -152,11 +152,11 @@ class GgufCheckpoint:
         hidden, layers = facts.integer("embedding_length"), facts.integer("block_count")
         heads = facts.integer("attention.head_count")
         head_size = facts.integer("attention.key_length", hidden // heads)
-        for key in ("attention.value_length", "rope.dimension_count"):
-            facts.expect(key, head_size)
         [vocabulary, *_] = self._header_shape("token_embd.weight")
         if self._header_shape("blk.0.attn_q_norm.weight") != (head_size,):
             raise facts.error("attention.key_length", head_size, "the length of 'blk.0.attn_q_norm.weight'")
+        for key in ("attention.value_length", "rope.dimension_count"):
+            facts.expect(key, head_size)
         ropes = {
             "sliding_attention": {"rope_type": "default", "rope_theta": facts.number("rope.freq_base_swa", 10_000.0)},
             "full_attention": self._rope(),
