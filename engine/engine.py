@@ -335,7 +335,7 @@ class Engine:
             patches = picture.patches(view, pixels, self._image_facts("image"))
         with clock.stage("vision"), self._turn:
             values = self.runtime.encode(patches.values, patches.positions, picture.soft_tokens[view])
-        return EncodedImage(values, picture.size, self._identity)
+        return EncodedImage(values, picture.size, self._identity, picture.modality)
 
     def _soft_tokens(self, prompt: Prompt, pictures: list[PreparedPicture], clock: StageClock) -> list[SoftTokens]:
         encoded = (self._encode(pictures[span.media_index], clock, span.view) for span in prompt.spans)

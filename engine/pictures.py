@@ -53,7 +53,11 @@ class PreparedPicture:
 
     @property
     def modality(self) -> str:
-        return self.source.modality if self.source is not None else "image"
+        """What the soft tokens count as: "image" or "document"."""
+        if self.encoded is not None:
+            return self.encoded.modality
+        assert self.source is not None
+        return self.source.modality
 
     @property
     def medium(self) -> Media:

@@ -19,13 +19,15 @@ __all__ = ["Chunk", "EncodedImage", "Reply", "StageClock", "Timings", "Usage"]
 class EncodedImage:
     """An image that has been through the vision tower; pass it instead of the image to ask again for free.
 
-    `soft_tokens` is float32 [n, D]; `size` is (height, width) of the upright image in pixels; `bundle` is the weights'
-    SHA-256 of the bundle that made it, because soft tokens of one model mean nothing to another.
+    `soft_tokens` is float32 [n, D]; `size` is (height, width) of the upright image in pixels, or of the page in points;
+    `bundle` is the weights' SHA-256 of the bundle that made it, because soft tokens of one model mean nothing to
+    another; `modality` is "image" or "document".
     """
 
     soft_tokens: np.ndarray
     size: tuple[int, int]
     bundle: str
+    modality: str = "image"
 
     def __len__(self) -> int:
         """Number of soft tokens."""
@@ -36,7 +38,8 @@ class EncodedImage:
 class Usage:
     """Token counts. The stop token that ends a reply is not part of it and not counted.
 
-    `by_modality` splits the prompt: "image" counts soft tokens, "text" everything else.
+    `by_modality` splits the prompt: "image" counts the soft tokens of pictures, "document" those of pages of documents
+    (absent if there are none), "text" everything else.
     """
 
     prompt_tokens: int
