@@ -181,8 +181,9 @@ def test_a_tokenizer_without_the_tokens_of_the_prompt(checkpoints, tmp_path):
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        (ExportOptions(precision="int4"), "int4"),
-        (ExportOptions(target="cuda"), "cuda"),
+        (ExportOptions(precision="int3"), "int3"),
+        (ExportOptions(precision="fp16"), "--target cuda"),
+        (ExportOptions(target="tpu"), "tpu"),
         (ExportOptions(context=0), "context"),
     ],
 )
