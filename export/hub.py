@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
@@ -22,7 +22,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import tqdm, validate_repo_id
 
 from ..engine.errors import ExportError
 from .checkpoint import Checkpoint, FolderCheckpoint
@@ -35,6 +35,13 @@ _WEIGHTS = ["*.safetensors"]
 _SUBFOLDERS = ["*/*"]  # other formats, other precisions
 _COMMIT = re.compile("[0-9a-f]{40}")
 Result = TypeVar("Result")
+
+
+class _Bar(tqdm):
+    """The library's progress bar, silent where stderr is not a terminal."""
+
+    def __init__(self, *arguments: Any, **options: Any):
+        super().__init__(*arguments, **{"disable": None, **options})
 
 
 def is_hub_name(text: str) -> bool:
@@ -82,7 +89,9 @@ def _snapshot(name: str, revision: str | None, patterns: list[str]) -> Path:
     """The folder of a commit in the cache, with all files of the repository's root that match."""
 
     def download() -> str:
-        return snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=_SUBFOLDERS)
+        return snapshot_download(
+            name, revision=revision, allow_patterns=patterns, ignore_patterns=_SUBFOLDERS, tqdm_class=_Bar
+        )
 
     return Path(_fetch(name, revision, download))
 
@@ -124,7 +133,7 @@ def _fetch(name: str, revision: str | None, download: Callable[[], Result]) -> R
         ) from None
     except LocalEntryNotFoundError as error:
         raise ExportError(
-            f"{name} is not complete in the cache of this machine, and the hub cannot be reached: {_reason(error)}"
+            f"{name} is not complete in the cache of this machine, and the hub cannot be asked: {_reason(error)}"
         ) from None
     except HfHubHTTPError as error:
         raise ExportError(f"{name} cannot be downloaded: the hub answers {_reason(error)}") from None
@@ -135,6 +144,6 @@ def _fetch(name: str, revision: str | None, download: Callable[[], Result]) -> R
 
 
 def _reason(error: BaseException) -> str:
-    """The first line of what went wrong first."""
+    """What went wrong first, on one line."""
     cause = error.__cause__ or error
-    return (str(cause).splitlines() or [type(cause).__name__])[0]
+    return " ".join(str(cause).split())[:300] or type(cause).__name__
