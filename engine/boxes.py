@@ -58,7 +58,7 @@ def parse_boxes(text: str, convention: str, images: Sequence[tuple[int, int]]) -
 
     "loc" (PaliGemma): `<locY1><locX1><locY2><locX2> label`, objects joined by " ; ", on a grid of 0..1023 from edge to
     edge (big_vision, `n / 1023` of the side). Rules:
-        - swapped corners are put in order, numbers above 1023 are clamped to it;
+        - swapped corners are put in order; a number that is not in 0..1023 makes no location, but text;
         - a label reaches to the next ";" or the next location; `<segDDD>` tokens in it are left out;
         - of several objects without anything between them the last has the label;
         - fewer than four locations in a row are no box, and the first image is meant always;
@@ -79,7 +79,7 @@ def _none(text: str, images: Sequence[tuple[int, int]]) -> Boxes:
     return Boxes((), truncated=False)
 
 
-_LOC = re.compile(r"<loc(\d{4})>", re.ASCII)
+_LOC = re.compile(r"<loc(0\d{3}|10[01]\d|102[0-3])>", re.ASCII)
 _SEG = re.compile(r"<seg\d{3}>", re.ASCII)
 _SEGMENTS = 16  # segment tokens of one mask
 
@@ -223,5 +223,7 @@ CONVENTIONS: dict[str, Callable[[str, Sequence[tuple[int, int]]], Boxes]] = {
     "none": _none,
 }
 
-# Added tokens that are part of the text of prompts and replies in a convention, even if a tokenizer marks them special.
-TEXT_TOKENS: dict[str, re.Pattern[str]] = {"loc": re.compile(r"<(loc\d{4}|seg\d{3})>", re.ASCII)}
+# Tokens of a convention that are part of the text of prompts and replies, whatever a tokenizer says about them.
+TEXT_TOKENS: dict[str, tuple[str, ...]] = {
+    "loc": (*(f"<loc{number:04d}>" for number in range(1024)), *(f"<seg{number:03d}>" for number in range(128)))
+}

@@ -56,7 +56,7 @@ class Engine:
         self.bundle = bundle
         self.manifest = bundle.manifest
         self.limits = limits
-        self._tokenizer = load_tokenizer(bundle.path("tokenizer"), TEXT_TOKENS.get(self.manifest.reply.boxes))
+        self._tokenizer = load_tokenizer(bundle.path("tokenizer"), TEXT_TOKENS.get(self.manifest.reply.boxes, ()))
         # Ids that are not text. Read once: a large tokenizer has thousands of added tokens.
         self._hidden = special_ids(self._tokenizer) | set(self.manifest.stop_ids)
         template = _load_template(bundle)

@@ -18,7 +18,7 @@ import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 
 from .errors import BundleError, PromptError
 
@@ -28,22 +28,23 @@ _REPLACEMENT = "\ufffd"
 _BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
 
 
-def load_tokenizer(path: Path, text_tokens: re.Pattern[str] | None = None) -> Tokenizer:
-    """Read a tokenizer.json. Added tokens that match `text_tokens` are text, whatever their flag says.
+def load_tokenizer(path: Path, text_tokens: Collection[str] = ()) -> Tokenizer:
+    """Read a tokenizer.json. Those of `text_tokens` that it knows become tokens that are written and read as text.
 
-    Special tokens are not part of replies and cannot be written in prompts. Raises BundleError when it cannot be read.
+    Special tokens would be no part of replies and could not be written in prompts; tokens of the vocabulary that are
+    not among the added tokens would be spelled out in characters. Raises BundleError when the file cannot be read.
     """
     try:
         tokenizer = Tokenizer.from_file(str(path))
-        if text_tokens is None or not any(
-            token.special and text_tokens.fullmatch(token.content)
-            for token in tokenizer.get_added_tokens_decoder().values()
-        ):
-            return tokenizer
-        facts = json.loads(path.read_text(encoding="utf-8"))
-        for token in facts["added_tokens"]:
-            token["special"] = token["special"] and not text_tokens.fullmatch(token["content"])
-        return Tokenizer.from_str(json.dumps(facts))
+        added = {token.content: token.special for token in tokenizer.get_added_tokens_decoder().values()}
+        if any(added.get(name) for name in text_tokens):
+            facts = json.loads(path.read_text(encoding="utf-8"))
+            for token in facts["added_tokens"]:
+                token["special"] = token["special"] and token["content"] not in text_tokens
+            tokenizer = Tokenizer.from_str(json.dumps(facts))
+        missing = [name for name in text_tokens if name not in added and tokenizer.token_to_id(name) is not None]
+        tokenizer.add_tokens([AddedToken(name, normalized=False) for name in missing])
+        return tokenizer
     except Exception as error:  # tokenizers raises plain Exception
         raise BundleError(f"{path.name} cannot be read: {error}") from None
 

@@ -208,14 +208,21 @@ def test_an_answer_cut_off_keeps_complete_objects_and_says_so(text, boxes):
     assert len(found.boxes) == boxes
 
 
-@pytest.mark.parametrize("text", ["", "a cat", "<loc12>", "<loc00001>", "<loc١٢٣٤>", seg(), "; ;", "<loc"])
+@pytest.mark.parametrize(
+    "text", ["", "a cat", "<loc12>", "<loc00001>", "<loc١٢٣٤>", "<loc1024>" * 4, "<loc9999>", seg(), "; ;", "<loc"]
+)
 def test_a_text_without_locations_is_empty_and_complete(text):
     assert read_loc(text) == Boxes((), truncated=False)
 
 
-def test_locations_are_put_in_order_and_clamped():
+def test_locations_are_put_in_order():
     assert read_loc(loc(1023, 1023, 0, 0) + " x").boxes == (Box("x", WHOLE),)
-    assert read_loc(loc(0, 0, 9999, 4000) + " x").boxes == (Box("x", WHOLE),)
+
+
+def test_a_location_beyond_the_grid_is_text():
+    """There is no such token: the model has spelled it."""
+    assert read_loc(loc(0, 0, 1024, 1023) + " x") == Boxes((), truncated=False)
+    assert [box.label for box in read_loc(f"{loc(0, 0, 9, 9)} <loc1024> x").boxes] == ["<loc1024> x"]
 
 
 def test_locations_mean_the_first_image():

@@ -141,6 +141,23 @@ def test_locations_of_a_reply_are_text(tokenizer):
     assert "".join(map(stream.push, ids)) + stream.finish() == "".join(LOCATIONS) + "hello"
 
 
+def test_locations_that_are_only_in_the_vocabulary_are_tokens_too(toy_file, tmp_path):
+    """Published tokenizers may leave it to the processor to add them."""
+    facts = json.loads(toy_file.read_text())
+    facts["added_tokens"] = [token for token in facts["added_tokens"] if token["content"] not in LOCATIONS]
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(facts))
+    text = "".join(LOCATIONS) + "<loc0100><loc1024>"  # the toy has neither of the last two
+    expected = [toy_tokenizer().token_to_id(token) for token in LOCATIONS]
+    assert load_tokenizer(path).encode(text, add_special_tokens=False).ids[:3] != expected
+    loaded = load_tokenizer(path, TEXT_TOKENS["loc"])
+    ids = loaded.encode(text, add_special_tokens=False).ids
+    assert ids[:3] == expected
+    assert loaded.get_vocab_size() == toy_tokenizer().get_vocab_size()
+    stream = TextStream(loaded)
+    assert "".join(map(stream.push, ids)) + stream.finish() == text
+
+
 def test_other_bundles_read_the_flag_of_the_tokenizer(toy_file):
     plain = load_tokenizer(toy_file)
     assert {plain.token_to_id(token) for token in LOCATIONS} <= special_ids(plain)
