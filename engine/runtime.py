@@ -15,7 +15,7 @@ from .bundle import Bundle
 from .errors import BundleError, InputError, ModelOutputError, PromptError
 from .graph import Device, Graph, TensorFacts, resolve_device, tensor
 from .manifest import ImageFacts
-from .state import DecoderState, check_state
+from .state import DecoderState, Snapshot, check_state
 
 __all__ = ["PREFILL_CHUNK", "Runtime", "Session", "SoftTokens", "chunk_spans"]
 
@@ -167,24 +167,38 @@ class Session:
     def state_bytes(self) -> int:
         return self._state.nbytes
 
-    def prefill(self, ids: np.ndarray, soft: Sequence[SoftTokens] = (), *, chunk: int = PREFILL_CHUNK) -> np.ndarray:
-        """Run the prompt ids int64 [L] in chunks and return the logits of the last row, float32 [V]."""
-        if not len(ids):
+    def snapshot(self) -> Snapshot:
+        """A copy of the state, to go on from here another time."""
+        return self._state.snapshot()
+
+    def restore(self, snapshot: Snapshot, length: int | None = None) -> None:
+        """Become what `snapshot` of the same bundle held, or its first `length` tokens: see `DecoderState.restore`."""
+        self._state.restore(snapshot, length)
+
+    def prefill(
+        self, ids: np.ndarray, soft: Sequence[SoftTokens] = (), *, chunk: int = PREFILL_CHUNK, first: int = 0
+    ) -> np.ndarray:
+        """Run the prompt ids int64 [L] in chunks and return the logits of the last row, float32 [V].
+
+        Rows before `first` are left out, because the state holds them already; `soft` may leave theirs out too.
+        """
+        if not len(ids[first:]):
             raise PromptError("the prompt is empty")
-        return list(self.prefill_chunks(ids, soft, chunk=chunk))[-1]
+        return list(self.prefill_chunks(ids, soft, chunk=chunk, first=first))[-1]
 
     def prefill_chunks(
-        self, ids: np.ndarray, soft: Sequence[SoftTokens] = (), *, chunk: int = PREFILL_CHUNK
+        self, ids: np.ndarray, soft: Sequence[SoftTokens] = (), *, chunk: int = PREFILL_CHUNK, first: int = 0
     ) -> Iterator[np.ndarray]:
         """Like `prefill`, yielding the logits of each chunk's last row, so that a caller can stop in between.
 
-        A chunk may be shorter or longer than `chunk` so that no block of mutually visible rows is cut.
+        A chunk may be shorter or longer than `chunk` so that no block of mutually visible rows is cut; `first` must not
+        cut one either.
         """
         if chunk < 1:
             raise InputError(f"the prefill chunk is {chunk}, it must be at least 1")
         blocks = self._blocks(len(ids), soft)
-        self._state.reserve(len(ids))
-        for start, stop in chunk_spans(len(ids), chunk, blocks):
+        self._state.reserve(len(ids) - first)
+        for start, stop in chunk_spans(len(ids), chunk, blocks, first):
             wires = self._splice(ids[start:stop], start, soft)
             last = np.array([stop - start - 1], np.int64)
             yield self._run(wires, _block_ends(start, stop, blocks, self.length), last)[0]
@@ -206,9 +220,14 @@ class Session:
 
     def step(self, token: int) -> np.ndarray:
         """Append one token and return the logits that follow it, float32 [V]."""
-        self._state.reserve(1)
-        ids = np.array([token], np.int64)
-        return self._run(self._splice(ids, 0, ()), np.zeros(1, np.int64), np.zeros(1, np.int64))[0]
+        return self.extend([token])
+
+    def extend(self, tokens: Sequence[int]) -> np.ndarray:
+        """Append tokens of a reply in one run and return the logits that follow the last, float32 [V]."""
+        self._state.reserve(len(tokens))
+        ids = np.array(tokens, np.int64)
+        last = np.array([len(ids) - 1], np.int64)
+        return self._run(self._splice(ids, 0, ()), np.zeros(len(ids), np.int64), last)[0]
 
     def _blocks(self, length: int, soft: Sequence[SoftTokens]) -> list[_Block]:
         """The blocks of mutually visible rows in a prompt of `length` rows, as the bundle's mechanism defines them."""
@@ -236,7 +255,7 @@ class Session:
     ) -> np.ndarray:
         """Run one chunk through the decoder; returns logits [len(wanted), V], in `into` if it is given.
 
-        The state grows only if that succeeds.
+        The state grows only if that succeeds; otherwise see `DecoderState.fail`.
         """
         total = self._state.length + len(block_ends)
         logits = np.empty((len(wanted), self._runtime.vocabulary), np.float32) if into is None else into
@@ -250,8 +269,12 @@ class Session:
             binding.bind_cpu_input(_BLOCK_ENDS, block_ends)
         self._state.bind(binding)
         binding.bind_ortvalue_output("logits", tensor(logits))
-        self._runtime.decoder.run_bound(binding)
-        self._state.length = total
+        try:
+            self._runtime.decoder.run_bound(binding)
+        except BaseException:
+            self._state.fail(len(block_ends))
+            raise
+        self._state.advance(len(block_ends))
         return logits
 
 
@@ -269,13 +292,12 @@ def _soft_runs(soft: Sequence[SoftTokens]) -> list[_Block]:
     return runs
 
 
-def chunk_spans(length: int, chunk: int, blocks: Sequence[_Block]) -> Iterator[tuple[int, int]]:
-    """Cut `length` rows into (start, stop) of at most `chunk` rows, and never inside a block.
+def chunk_spans(length: int, chunk: int, blocks: Sequence[_Block], start: int = 0) -> Iterator[tuple[int, int]]:
+    """Cut rows `start` to `length` into (start, stop) of at most `chunk` rows, and never inside a block.
 
     Rows of a block see its later rows, so the whole block must be there when they run. A chunk ends before a block
     that it cannot hold; a block that is longer than a chunk is a chunk by itself.
     """
-    start = 0
     while start < length:
         stop = min(start + chunk, length)
         for first, end in blocks:

@@ -3,22 +3,46 @@
 Every pair of the manifest is one buffer that the graph reads as `past` and writes as `present` in place. A `window`
 buffer has the fixed capacity that the graph declares; the operator evicts. A `global` buffer has a varying capacity
 and is grown by doubling, so that a short question does not pay for the longest possible context.
+
+A state can be copied, kept as a `Snapshot` and cut back. Rows beyond the length are never read, so cutting back a
+global buffer is a matter of the length alone. The same holds for a window buffer until it evicts for the first time:
+then its rows move and the evicted ones are gone. A state that was ever longer than its smallest window buffer is
+therefore usable at its whole length only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import onnxruntime
 
-from .errors import BundleError, ContextFull
+from .errors import BundleError, ContextFull, ModelOutputError
 from .graph import Graph, tensor
 from .manifest import StatePair
 
-__all__ = ["FIRST_CAPACITY", "DecoderState", "check_state"]
+__all__ = ["FIRST_CAPACITY", "DecoderState", "Snapshot", "check_state"]
 
 FIRST_CAPACITY = 256  # tokens; global buffers start here and double
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Snapshot:
+    """What a state held at one moment. Never changes, and can be restored any number of times.
+
+    `rows` are the used rows of every buffer by the name of its input, [1, heads, rows, head size]. `shortest` is the
+    smallest length that it can be restored at: 0, or `length` where a window buffer has evicted.
+    """
+
+    length: int
+    shortest: int
+    rows: Mapping[str, np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(rows.nbytes for rows in self.rows.values())
 
 
 class DecoderState:
@@ -32,14 +56,29 @@ class DecoderState:
         self._capacity = min(FIRST_CAPACITY, context)
         self._buffers = {pair.input: self._allocate(pair) for pair in pairs}
         self._bound_to: onnxruntime.IOBinding | None = None
+        windows = [buffer.shape[2] for pair, buffer in self._items() if pair.kind == "window"]
+        self._evicts_beyond = min(windows, default=context)
+        self._shortest = 0
+        self._lost = False
 
     @property
     def nbytes(self) -> int:
         """Bytes held by all buffers."""
         return sum(buffer.nbytes for buffer in self._buffers.values())
 
+    @property
+    def shortest(self) -> int:
+        """The smallest length that the state can be cut back to: 0, or its length once a window buffer has evicted."""
+        return self._shortest
+
     def reserve(self, tokens: int) -> None:
-        """Make room for `tokens` more. Raises ContextFull, changing nothing, if the context does not hold them."""
+        """Make room for `tokens` more.
+
+        Raises ContextFull, changing nothing, if the context does not hold them, and ModelOutputError for a state that
+        a failed run has spoilt.
+        """
+        if self._lost:
+            raise ModelOutputError("an earlier run of this sequence failed and left its state undefined")
         needed = self.length + tokens
         if needed > self.context:
             raise ContextFull(needed, self.context)
@@ -56,6 +95,56 @@ class DecoderState:
                 grown[:, :, : self.length] = self._buffers[pair.input][:, :, : self.length]
                 self._buffers[pair.input] = grown
 
+    def advance(self, tokens: int) -> None:
+        """A run has appended `tokens`."""
+        self.length += tokens
+        if self.length > self._evicts_beyond:
+            self._shortest = self.length
+
+    def fail(self, tokens: int) -> None:
+        """A run that was to append `tokens` has failed, after writing no one knows what.
+
+        The state is as before, unless a window buffer would have evicted: then it cannot be used any more.
+        """
+        self._lost = self.length + tokens > self._evicts_beyond
+
+    def truncate(self, length: int) -> None:
+        """Cut back to the first `length` tokens. Raises ValueError, changing nothing, if they are not all there."""
+        if not self._shortest <= length <= self.length:
+            raise ValueError(f"a state of {self.length} tokens cannot be cut to {length}, only to {self._range()}")
+        self.length = length
+
+    def snapshot(self) -> Snapshot:
+        """A copy of what is used."""
+        self.reserve(0)
+        rows = {pair.input: buffer[:, :, : self.length].copy() for pair, buffer in self._items()}
+        for array in rows.values():
+            array.flags.writeable = False
+        return Snapshot(self.length, self._shortest, rows)
+
+    def restore(self, snapshot: Snapshot, length: int | None = None) -> None:
+        """Become what `snapshot` held, or the first `length` tokens of it.
+
+        The snapshot must come from the same bundle. Raises ValueError, changing nothing, if it cannot be cut to
+        `length`.
+        """
+        length = snapshot.length if length is None else length
+        if not snapshot.shortest <= length <= snapshot.length:
+            raise ValueError(f"a snapshot of {snapshot.length} tokens cannot be cut to {length}")
+        self.length, self._lost = 0, False
+        self.reserve(length)
+        for pair, buffer in self._items():
+            rows = snapshot.rows[pair.input][:, :, :length]
+            buffer[:, :, : rows.shape[2]] = rows
+        self.length, self._shortest = length, snapshot.shortest
+
+    def copy(self) -> DecoderState:
+        """A state of its own with the same content."""
+        twin = copy.copy(self)
+        twin._buffers = {name: buffer.copy() for name, buffer in self._buffers.items()}
+        twin._bound_to = None
+        return twin
+
     def bind(self, binding: onnxruntime.IOBinding) -> None:
         """Bind every buffer as the past and the present of its layer, unless `binding` has these buffers already."""
         if self._bound_to is binding:
@@ -65,6 +154,12 @@ class DecoderState:
             binding.bind_ortvalue_input(pair.input, value)
             binding.bind_ortvalue_output(pair.output, value)
         self._bound_to = binding
+
+    def _items(self) -> list[tuple[StatePair, np.ndarray]]:
+        return [(pair, self._buffers[pair.input]) for pair in self._pairs]
+
+    def _range(self) -> str:
+        return f"{self.length}" if self._shortest == self.length else f"{self._shortest} to {self.length}"
 
     def _allocate(self, pair: StatePair) -> np.ndarray:
         facts = self._facts[pair.input]
