@@ -39,6 +39,8 @@ def inspect_bundle(bundle: Bundle) -> dict[str, Any]:
     return {
         "name": manifest.name,
         "family": manifest.family,
+        "source": manifest.source,
+        "revision": manifest.revision,
         "target": manifest.target,
         "precision": manifest.precision,
         "requires": list(manifest.requires),
@@ -47,6 +49,8 @@ def inspect_bundle(bundle: Bundle) -> dict[str, Any]:
         "stop_ids": list(manifest.stop_ids),
         "image_budgets": list(image.budgets) if image else [],
         "default_image_budget": image.default_budget if image else None,
+        "pan_and_scan": image is not None and image.pan_and_scan is not None,
+        "prompt_layout": manifest.prompt.layout,
         "chat_template": "chat_template" in manifest.files,
         "files": {name: fact.size for name, fact in manifest.files.items()},
         "graphs": graphs,

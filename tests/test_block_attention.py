@@ -201,6 +201,14 @@ def test_a_picture_sees_all_of_itself(runtimes):
     assert np.abs(logits[3:] - causal[3:]).max() > 0.5
 
 
+def test_a_later_picture_changes_nothing_before_it(runtimes):
+    """Case 10: with one block for all pictures, the first would see the second."""
+    ids, first = ids_of(20), soft_at(2, 6, 1)
+    one, other = (runtimes["images"].session().prompt_logits(ids, [first, soft_at(11, 6, seed)]) for seed in (2, 3))
+    np.testing.assert_array_equal(one[:11], other[:11])
+    assert np.abs(one[11:] - other[11:]).max() > 0.5
+
+
 @pytest.mark.parametrize("order", [1, -1])
 def test_the_order_of_the_pictures_in_the_list_does_not_matter(runtimes, order):
     soft, ids = [soft_at(1, 4, 1), soft_at(7, 5, 2)], ids_of(14)
