@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 
 from .errors import ImageError
 from .image_modes import upright_rgb
@@ -45,6 +45,7 @@ _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 # Progressive JPEG may hold any number of scans, each of a few bytes, each as much work as the whole picture.
 _MAX_JPEG_SCANS = 200
 _MAX_ICNS_BLOCKS = 100
+_TILE_WIDTH, _TILE_LENGTH = 322, 323  # TIFF tags
 
 _HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"hevm", b"hevs")
 _HEIC = "a HEIC picture, which is not read: convert it to JPEG, or open it with pillow-heif and pass the PIL image"
@@ -71,9 +72,8 @@ def decode(data: bytes, max_pixels: int) -> npt.NDArray[np.uint8]:
         raise
     except Exception as error:  # on hostile files Pillow raises nearly every kind of exception
         raise ImageError(f"not a readable picture: {one_line(error)}") from error
-    allocated = getattr(image, "_tile_size", image.size)  # TIFF: tiles may be larger than the picture
-    for width, height in (image.size, allocated):
-        check_size(width, height, max_pixels)
+    check_size(*image.size, max_pixels)
+    _check_tiles(image, max_pixels)
     return upright_rgb(image)
 
 
@@ -134,6 +134,15 @@ def _unsupported(data: bytes) -> str | None:
     if text.startswith(b"<svg") or (text.startswith((b"<?xml", b"<!doctype svg", b"<!--")) and b"<svg" in text):
         return "an SVG drawing, which is not read: convert it to PNG"
     return None
+
+
+def _check_tiles(image: Image.Image, max_pixels: int) -> None:
+    """Raise ImageError for a TIFF whose tiles are too large: they are unpacked whole, however small the picture is."""
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        # A file may give a tag any number of values of any type.
+        width, height = (image.tag_v2.get(tag, 1) for tag in (_TILE_WIDTH, _TILE_LENGTH))
+        if isinstance(width, int) and isinstance(height, int) and width * height > max_pixels:
+            raise ImageError(f"tiles of {width}x{height} are {width * height} pixels, the limit is {max_pixels}")
 
 
 def _sizes_before_opening(data: bytes) -> Iterator[tuple[int, int]]:

@@ -1,7 +1,9 @@
 """Limits hold for every form, and before anything is decoded."""
 
 import io
+import os
 import struct
+import time
 import zlib
 
 import numpy as np
@@ -35,6 +37,31 @@ def icon_with_hidden_png():
     return struct.pack("<HHHBBBBHHII", 0, 1, 1, 16, 16, 0, 0, 1, 32, len(inner), 22) + inner
 
 
+def macintosh_icon_with_hidden_png():
+    """The name of the block says 32x32."""
+    inner = png(9000, 8000, 8, 0)
+    block = b"icp5" + struct.pack(">I", len(inner) + 8) + inner
+    return b"icns" + struct.pack(">I", len(block) + 8) + block
+
+
+def tiff_of_one_large_tile():
+    """A picture of 16x16 in a tile of 12000x12000, all of which would be allocated."""
+    fields = [
+        (256, 16),
+        (257, 16),
+        (258, 8),
+        (259, 1),
+        (262, 1),
+        (277, 1),
+        (322, 12000),
+        (323, 12000),
+        (324, 8),
+        (325, 1),
+    ]
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in fields)
+    return b"II*\0" + struct.pack("<I", 8) + struct.pack("<H", len(fields)) + entries + bytes(4)
+
+
 def webp_canvas():
     chunk = b"VP8X" + struct.pack("<I", 10) + b"\0\0\0\0" + (15999).to_bytes(3, "little") * 2
     return b"RIFF" + struct.pack("<I", len(chunk) + 4) + b"WEBP" + chunk
@@ -50,6 +77,8 @@ BOMBS = {
     "1000000x1000000": lambda: png(1_000_000, 1_000_000, 8, 2),
     "64000x64000": huge_jpeg,
     "10000x9000": icon_with_hidden_png,
+    "9000x8000": macintosh_icon_with_hidden_png,
+    "12000x12000": tiff_of_one_large_tile,
     "16000x16000": webp_canvas,
     "60000x60000": gif_screen,
     "30000x30000": lambda: b"P6 30000 30000 255\n",
@@ -63,8 +92,42 @@ BOMBS = {
 def test_bombs_are_refused_on_their_header(size):
     width, height = map(int, size.split("x"))
     data = BOMBS[size]()
-    with pytest.raises(ImageError, match=rf"{width}x{height} is {width * height} pixels, the limit is 50000000"):
+    with pytest.raises(ImageError, match=rf"{width}x{height} (is|are) {width * height} pixels, the limit is 50000000"):
         load_image(data)
+
+
+def test_a_progressive_jpeg_of_endless_scans_is_refused():
+    """A scan is a few bytes and as much work as the whole picture; programs write ten or so."""
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
+    data = encoded(image, "JPEG", progressive=True)
+    assert load_image(data).shape == (64, 64, 3)
+    last = data.rindex(b"\xff\xda")
+    with pytest.raises(ImageError, match=r"a JPEG of 3\d\d scans, the limit is 200"):
+        load_image(data[:last] + data[last:-2] * 300 + data[-2:])
+
+
+def test_an_icon_of_65535_pictures_is_read_in_its_time():
+    """Its directory points 65,535 times at a long file; that must not be copied as often."""
+    data = (
+        struct.pack("<HHH", 0, 1, 65535) + struct.pack("<BBBBHHII", 16, 16, 0, 0, 1, 32, 40, 0) * 65535 + bytes(2**22)
+    )
+    begin = time.perf_counter()
+    with pytest.raises(ImageError):
+        load_image(data)
+    assert time.perf_counter() - begin < 5
+
+
+def test_a_macintosh_icon_of_endless_blocks_is_refused():
+    with pytest.raises(ImageError, match="more than 100 blocks"):
+        load_image(b"icns" + struct.pack(">I", 2**20) + (b"abcd" + struct.pack(">I", 8)) * 1000)
+
+
+def test_a_file_over_the_limit_is_not_read(tmp_path, monkeypatch):
+    path = tmp_path / "large.png"
+    path.write_bytes(b"")
+    os.truncate(path, 10**9)  # a sparse file
+    with pytest.raises(ImageError, match="1000000000 bytes, over the limit of 67108864 bytes of encoded data"):
+        load_image(path)
 
 
 def test_the_limit_on_pixels_is_exact_and_holds_for_every_form():

@@ -154,6 +154,26 @@ def test_a_red_patch_is_red_in_every_colour_space(form):
     assert np.abs(load_image(red_patches()[form]).astype(int) - RED).max() <= 20
 
 
+@pytest.mark.parametrize("mode", Image.MODES)
+def test_black_and_white_survive_in_every_mode(mode):
+    """A white and a black half, made in the mode itself where Pillow cannot convert to it."""
+    half = Image.new("L", (8, 4), 255)
+    half.paste(0, (0, 0, 4, 4))
+    if mode.startswith("I;16"):
+        wide = np.asarray(half).astype(">u2" if mode == "I;16B" else "<u2") * 257
+        image = Image.frombytes(mode, (8, 4), wide.tobytes())
+    else:
+        steps = {"La": ["LA"], "RGBa": ["RGBA"], "PA": ["P"]}.get(mode, ["RGB"] if mode in ("LAB", "HSV") else [])
+        image = half
+        for step in [*steps, mode]:
+            image = image.convert(step)
+    assert image.mode == mode
+    pixels = load_image(image).astype(int)
+    assert pixels.shape == (4, 8, 3)
+    assert pixels[:, :4].max() <= 2
+    assert pixels[:, 4:].min() >= 253
+
+
 def test_bilevel_pictures_are_black_and_white():
     image = Image.fromarray(np.eye(8, dtype=bool))
     for source in (image, encoded(image, "PNG"), encoded(image, "TIFF", compression="group4")):

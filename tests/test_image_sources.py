@@ -4,6 +4,7 @@ import base64
 import io
 import os
 import urllib.parse
+import zipfile
 
 import numpy as np
 import pytest
@@ -46,6 +47,39 @@ def test_a_raw_stream_that_returns_little_at_a_time_is_read_to_its_end():
     np.testing.assert_array_equal(load_image(Dribble(data)), gradient())
 
 
+class OneWay(io.RawIOBase):
+    """A stream that can neither seek nor tell, like a pipe or a download."""
+
+    def __init__(self, data):
+        self._data = io.BytesIO(data)
+
+    def read(self, size=-1):
+        return self._data.read(size)
+
+    def seek(self, *arguments):
+        raise io.UnsupportedOperation("seek")
+
+    tell = seek
+
+
+def test_a_stream_need_not_seek(tmp_path):
+    data = encoded(Image.fromarray(gradient()), "PNG")
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a.png", data)
+    with zipfile.ZipFile(tmp_path / "a.zip") as archive, archive.open("a.png") as member:
+        np.testing.assert_array_equal(load_image(member), gradient())
+    np.testing.assert_array_equal(load_image(OneWay(data)), gradient())
+
+
+def test_a_stream_without_data_yet_says_so():
+    class Waiting(io.RawIOBase):
+        def read(self, size=-1):
+            return None
+
+    with pytest.raises(ImageError, match="no data yet"):
+        load_image(Waiting())
+
+
 def test_files_we_open_are_closed(tmp_path):
     """pytest turns the ResourceWarning of an unclosed file into an error."""
     good, bad = tmp_path / "good.png", tmp_path / "bad.png"
@@ -81,6 +115,12 @@ def data_uris(data):
         "no media type": f"data:;base64,{plain}",
         "wrong media type": f"data:text/html;base64,{plain}",
         "more parameters": f"data:image/png;charset=utf-8;base64,{plain}",
+        "a name with a comma": f'data:image/png;name="a, b; c.png";base64,{plain}',
+        "a name with an escaped quote": f'data:image/png;name="a \\", b.png";base64,{plain}',
+        "base64 not at the end": f"data:image/png;base64;name=a.png,{plain}",
+        "spaces between parameters": f"data: image/png ; charset = utf-8 ; base64 ,{plain}",
+        "an unclosed quote": f'data:image/png;name="a;base64,{plain}',
+        "white space everywhere": f"data:image/png;base64,\t{' '.join(plain)}\f\v\n",
     }
 
 
