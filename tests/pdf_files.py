@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["PdfPage", "encrypted", "laughing", "numbered_pages", "pdf", "quadrants", "stream"]
+__all__ = ["PdfPage", "encrypted", "laughing", "numbered_pages", "packed", "pdf", "quadrants", "stream"]
 
 _PADDING = bytes.fromhex("28BF4E5E4E758A4164004E56FFFA01082E2E00B6D0683E802F0CA9FE6453697A")
 
@@ -52,6 +53,45 @@ def pdf(*pages: PdfPage, objects: Sequence[bytes] = (), catalog: str = "", trail
 def stream(entries: str, data: bytes) -> bytes:
     """The body of a stream object."""
     return b"<< %b /Length %d >>\nstream\n%b\nendstream" % (entries.encode(), len(data), data)
+
+
+def packed(*pages: PdfPage) -> bytes:
+    """The same as `pdf`, as programs of today write it: objects in a compressed stream, cross-references in another."""
+    first = 5  # 3 holds the objects, 4 the cross-references
+    kids = " ".join(f"{first + 2 * index} 0 R" for index in range(len(pages)))
+    held = {
+        1: b"<< /Type /Catalog /Pages 2 0 R >>",
+        2: f"<< /Type /Pages /Kids [{kids}] /Count {len(pages)} >>".encode(),
+    }
+    contents = {}
+    for index, page in enumerate(pages):
+        number = first + 2 * index
+        held[number] = (
+            f"<< /Type /Page /Parent 2 0 R /MediaBox [{page.box}] /Contents {number + 1} 0 R "
+            f"/Resources << {page.resources} >> {page.entries} >>"
+        ).encode()
+        contents[number + 1] = stream("/Filter /FlateDecode", zlib.compress(page.content))
+    places, bodies = [], b""
+    for number, body in held.items():
+        places.append(f"{number} {len(bodies)}")
+        bodies += body + b" "
+    head = " ".join(places).encode() + b" "
+    objects = stream(
+        f"/Type /ObjStm /N {len(held)} /First {len(head)} /Filter /FlateDecode", zlib.compress(head + bodies)
+    )
+    out = bytearray(b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n")
+    rows = {0: (0, 0, 65535)} | {number: (2, 3, index) for index, number in enumerate(held)}
+    for number, body in ({3: objects} | contents).items():
+        rows[number] = (1, len(out), 0)
+        out += b"%d 0 obj\n%b\nendobj\n" % (number, body)
+    start = len(out)
+    rows[4] = (1, start, 0)
+    table = b"".join(
+        kind.to_bytes(1, "big") + place.to_bytes(4, "big") + index.to_bytes(2, "big")
+        for _, (kind, place, index) in sorted(rows.items())
+    )
+    body = stream(f"/Type /XRef /Size {len(rows)} /W [1 4 2] /Root 1 0 R /Filter /FlateDecode", zlib.compress(table))
+    return bytes(out) + b"4 0 obj\n%b\nendobj\nstartxref\n%d\n%%%%EOF\n" % (body, start)
 
 
 def quadrants(box: str = "0 0 200 100", entries: str = "") -> PdfPage:

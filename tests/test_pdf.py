@@ -16,7 +16,7 @@ from siglance.engine.errors import DocumentError, InputError
 from siglance.engine.limits import DEFAULT_LIMITS, Limits
 from siglance.engine.pdf import is_pdf, open_pages, page_numbers
 
-from .pdf_files import PdfPage, encrypted, laughing, numbered_pages, pdf, quadrants, stream
+from .pdf_files import PdfPage, encrypted, laughing, numbered_pages, packed, pdf, quadrants, stream
 from .picture_files import encoded
 
 RED, GREEN, BLUE, WHITE = [255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255]
@@ -142,6 +142,11 @@ def test_pictures_in_a_page_have_their_colours():
         pixels = drawn(document)[50, 100].astype(int)
         assert pixels[0] >= 235
         assert pixels[1:].max() <= 40
+
+
+def test_a_document_of_compressed_objects_is_read():
+    opened = pages_of(packed(quadrants(), quadrants(entries="/Rotate 180")))
+    assert [corners(page.draw(40, 40)) for page in opened] == [[RED, GREEN, BLUE, WHITE], [WHITE, BLUE, GREEN, RED]]
 
 
 def test_a_document_with_an_empty_password_is_read():
