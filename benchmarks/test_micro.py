@@ -10,7 +10,7 @@ import pytest
 
 from siglance.engine.image_policy import resize
 from siglance.engine.manifest import SamplingFacts
-from siglance.engine.sampling import Sampling, make_sampler, resolve
+from siglance.engine.sampling import Sampler, Sampling, resolve
 from siglance.kernels import reference, reference_sampling, topk
 from siglance.kernels.patches import patchify
 
@@ -47,7 +47,7 @@ def test_sample_from_a_row(benchmark, logits, sampling):
     short = logits[:500]
     allowed = reference_sampling.keep_top_k([*enumerate(short.astype(float))], 64)
     assert sorted(topk.top_k(short, 64).tolist()) == sorted(token for token, _ in allowed)
-    token = benchmark(make_sampler(resolve(sampling, OFF)), logits)
+    token = benchmark(Sampler(resolve(sampling, OFF)), logits)
     assert 0 <= token < VOCABULARY
 
 

@@ -5,20 +5,25 @@ from .boxes import Box
 from .bundle import Bundle
 from .engine import Engine
 from .errors import SiglanceError
+from .grammar import Grammar
 from .limits import Limits
+from .logprobs import Logprob
 from .parts import Image, Pdf, Turn
 from .prompt import Text
-from .reply import Chunk, EncodedImage, Reply, Timings, Usage
+from .reply import Candidate, Chunk, EncodedImage, Reply, Timings, Usage
 from .sampling import Sampling
 
 __all__ = [
     "Box",
     "Bundle",
+    "Candidate",
     "Chunk",
     "EncodedImage",
     "Engine",
+    "Grammar",
     "Image",
     "Limits",
+    "Logprob",
     "Pdf",
     "Reply",
     "Sampling",

@@ -5,27 +5,31 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
-from collections.abc import Generator, Sequence
+from collections.abc import Collection, Generator, Sequence
+from functools import partial
 from threading import Lock
 
 import numpy as np
 
 from .boxes import TEXT_TOKENS, parse_boxes
 from .bundle import Bundle
+from .decoding import Decoding, check_positive, make_rules
 from .errors import BundleError, ContextFull, InputError, PromptError
+from .grammar import Constraints, Grammar
 from .limits import DEFAULT_LIMITS, Limits
 from .manifest import ImageFacts
 from .media import read_media
 from .parts import Conversation, Image, ImageInput, Pdf, turns_of
 from .pictures import PreparedPicture, assign_spans, lay_out
 from .prompt import Message, Part, Prompt, PromptBuilder, Text, sole_turn
-from .reply import Chunk, EncodedImage, Reply, StageClock, Usage
+from .reply import Candidate, Chunk, EncodedImage, Reply, StageClock, Usage, whole_reply
 from .runtime import PREFILL_CHUNK, Runtime, Session, SoftTokens
-from .sampling import Effective, Sampling, make_sampler, resolve
+from .sampling import Effective, Sampling
 from .self_test import VerifyReport, replay
 from .template import ChatTemplate
-from .text import TextStream, load_tokenizer, special_ids
+from .text import load_tokenizer, special_ids
 
 __all__ = ["DEFAULT_MAX_TOKENS", "Engine"]
 
@@ -63,6 +67,9 @@ class Engine:
         crops = None if self.manifest.image is None else self.manifest.image.pan_and_scan
         self._prompts = PromptBuilder(self._tokenizer, self.manifest.prompt, template, crops)
         self._runtime: Runtime | None = Runtime(bundle, device=device, threads=threads)
+        self._constraints = Constraints(
+            self._tokenizer, self._runtime.vocabulary, self.manifest.stop_ids, self.manifest.reply.boxes
+        )
         self._turn = Lock()
         self._raw_only = template is None and self.manifest.prompt.layout == "inline"
 
@@ -100,60 +107,6 @@ class Engine:
 
     # --- what callers use
 
-    def generate(
-        self,
-        conversation: Conversation,
-        *,
-        system: str | None = None,
-        image_tokens: int | None = None,
-        max_tokens: int = DEFAULT_MAX_TOKENS,
-        sampling: Sampling | None = None,
-        stop: str | Sequence[str] = (),
-        raw: bool = False,
-        prompt_ids: Sequence[int] | None = None,
-        pan_and_scan: bool = False,
-        prefill_chunk: int = PREFILL_CHUNK,
-    ) -> Reply:
-        """Answer, and return the whole reply.
-
-        Args:
-            conversation: a part, a list of parts (one user turn) or a list of `Turn`. A part is text or a picture;
-                see `PartLike` for how a plain `str` is told apart.
-            system: text of a system turn in front.
-            image_tokens: token budget of every picture that has none of its own; None is the bundle's default.
-            max_tokens: most tokens of the reply.
-            sampling: fields that are None take the bundle's defaults.
-            stop: strings that end the reply just before them.
-            raw: complete the text as it stands, without the chat template. Bundles of base models are always raw.
-                There are no roles then: one user turn, and no system text.
-            prompt_ids: the whole prompt as token ids; the conversation then holds pictures only, in the order of the
-                runs of soft tokens.
-            pan_and_scan: show long pictures in crops too, each with as many tokens as the whole picture. Only bundles
-                whose manifest has facts for it can do that (Gemma 3).
-            prefill_chunk: tokens of the prompt that run at once, more where tokens that see each other would be parted.
-
-        Raises:
-            InputError: a part, budget, sampling value or limit cannot be used (ImageError, PromptError, SamplingError),
-                or the prompt does not fit (ContextFull). Nothing has run then.
-            ModelOutputError: the model gave something that cannot be decoded.
-        """
-        reply: Reply | None = None
-        for chunk in self.stream(
-            conversation,
-            system=system,
-            image_tokens=image_tokens,
-            max_tokens=max_tokens,
-            sampling=sampling,
-            stop=stop,
-            raw=raw,
-            prompt_ids=prompt_ids,
-            pan_and_scan=pan_and_scan,
-            prefill_chunk=prefill_chunk,
-        ):
-            reply = chunk.reply
-        assert reply is not None
-        return reply
-
     def stream(
         self,
         conversation: Conversation,
@@ -163,57 +116,92 @@ class Engine:
         max_tokens: int = DEFAULT_MAX_TOKENS,
         sampling: Sampling | None = None,
         stop: str | Sequence[str] = (),
+        stop_ids: Collection[int] = (),
+        format: Grammar | None = None,
+        candidates: int = 1,
+        logprobs: int | None = None,
         raw: bool = False,
         prompt_ids: Sequence[int] | None = None,
         pan_and_scan: bool = False,
         prefill_chunk: int = PREFILL_CHUNK,
     ) -> Generator[Chunk, None, None]:
-        """Like `generate`, as chunks of text; joined they are the text of the reply, which the last chunk carries.
+        """Answer in chunks of text; joined they are the text of the reply, which the last chunk carries.
 
         Nothing runs before the first `next()`. Closing the generator cancels the work.
+
+        Args:
+            conversation: a part, a list of parts (one user turn) or a list of `Turn`. A part is text or a picture;
+                see `PartLike` for how a plain `str` is told apart.
+            system: text of a system turn in front.
+            image_tokens: token budget of every picture that has none of its own; None is the bundle's default.
+            max_tokens: most tokens of the reply.
+            sampling: fields that are None take the bundle's defaults.
+            stop: strings that end the reply just before them, any number.
+            stop_ids: tokens that end the reply, besides the bundle's own.
+            format: the form of the reply. What is forced by it is not drawn and runs in one pass.
+            candidates: how many replies, 1 to 128, after one run of the prompt. They are written one after the other;
+                each has a seed of its own, and the first is the reply that a single candidate would be.
+            logprobs: report the log-probability of each token, and of this many most probable ones at its place, 0 to
+                20. With a format each forced token then takes a run of its own.
+            raw: complete the text as it stands, without the chat template. Bundles of base models are always raw.
+                There are no roles then: one user turn, and no system text.
+            prompt_ids: the whole prompt as token ids; the conversation then holds pictures only, in the order of the
+                runs of soft tokens.
+            pan_and_scan: show long pictures in crops too, each with as many tokens as the whole picture. Only bundles
+                whose manifest has facts for it can do that (Gemma 3).
+            prefill_chunk: tokens of the prompt that run at once, more where tokens that see each other would be parted.
+
+        Raises:
+            InputError: a part, budget, sampling value, limit or format cannot be used (ImageError, PromptError,
+                SamplingError, GrammarError), or the prompt does not fit (ContextFull). Nothing has run then; only a
+                grammar may become too expensive on the way.
+            ModelOutputError: the model gave something that cannot be decoded.
         """
         clock = StageClock()
-        effective = resolve(sampling or Sampling(), self.manifest.sampling)
-        sampler = make_sampler(effective)
-        text = TextStream(self._tokenizer, stop, self._hidden)
-        _check_positive("max_tokens", max_tokens)
-        _check_positive("prefill_chunk", prefill_chunk)
+        rules = make_rules(
+            self.manifest,
+            self.runtime.vocabulary,
+            self._constraints.compile,
+            sampling=sampling,
+            max_tokens=max_tokens,
+            stop=stop,
+            stop_ids=stop_ids,
+            format=format,
+            candidates=candidates,
+            logprobs=logprobs,
+        )
+        check_positive("prefill_chunk", prefill_chunk)
         pictures, prompt = self._prepare(conversation, system, image_tokens, raw, prompt_ids, pan_and_scan, clock)
         session = self.runtime.session()
         logits = self._prefill(session, prompt, pictures, prefill_chunk, clock)
-        ids: list[int] = []
-        pieces: list[str] = []
-        given = 0  # ids that have been given out
-        finish = "length"
-        while True:
-            token = sampler(logits)
-            clock.token()
-            if token in self.manifest.stop_ids:
-                finish = "stop_id"
-                break
-            ids.append(token)
-            piece = text.push(token)
-            pieces.append(piece)
-            if piece:
-                yield Chunk(piece, tuple(ids[given:]))
-                given = len(ids)
-            if text.stopped:
-                finish = "stop_text"
-                break
-            if len(ids) == max_tokens:
-                break
-            if session.length == self.manifest.context:
-                finish = "context"
-                break
-            with self._turn:
-                self._require_open()
-                logits = session.step(token)
-        drawn = len(ids) + (finish == "stop_id")
-        pieces.append(text.finish())
-        if text.stopped:  # also where the end decides between stop strings
-            finish = "stop_text"
-        reply = self._reply("".join(pieces), ids, prompt, pictures, finish, effective, clock, drawn)
-        yield Chunk(pieces[-1], tuple(ids[given:]), reply)
+        snapshot = session.snapshot() if candidates > 1 else None
+        finished: list[Candidate] = []
+        last = Chunk("")
+        for index in range(candidates):
+            if index:
+                assert snapshot is not None
+                yield last
+                session = self.runtime.session()
+                session.restore(snapshot)
+            decoding = Decoding(
+                rules,
+                index,
+                tokenizer=self._tokenizer,
+                hidden_ids=self._hidden,
+                penalised_ids=_without_media(prompt, self.runtime.vocabulary),
+                context=self.manifest.context,
+                clock=clock,
+            )
+            candidate, last = yield from decoding.run(
+                logits,
+                session.length,
+                partial(self._extend, session, prefill_chunk),
+                lambda text: parse_boxes(text, self.manifest.reply.boxes, [picture.size for picture in pictures]),
+            )
+            finished.append(candidate)
+        yield dataclasses.replace(last, reply=self._reply(finished, prompt, pictures, rules.effective, clock))
+
+    generate = whole_reply(stream)
 
     def encode(self, image: ImageInput, *, image_tokens: int | None = None) -> EncodedImage:
         """Run the vision tower once, to ask many questions about one picture: the whole of it, never crops."""
@@ -348,29 +336,33 @@ class Engine:
         with clock.stage("prefill"), self._turn:
             return session.prefill(prompt.ids, soft, chunk=chunk)
 
+    def _extend(self, session: Session, chunk: int, tokens: Sequence[int]) -> np.ndarray:
+        """Run tokens of a reply, at most `chunk` at once; returns the logits that follow them."""
+        logits = np.empty(0, np.float32)
+        for start in range(0, len(tokens), chunk):
+            with self._turn:
+                self._require_open()
+                logits = session.extend(tokens[start : start + chunk])
+        return logits
+
     def _reply(
         self,
-        text: str,
-        ids: list[int],
+        candidates: list[Candidate],
         prompt: Prompt,
         pictures: list[PreparedPicture],
-        finish: str,
         effective: Effective,
         clock: StageClock,
-        drawn: int,
     ) -> Reply:
-        found = parse_boxes(text, self.manifest.reply.boxes, [picture.size for picture in pictures])
         return Reply(
-            text=text,
-            token_ids=tuple(ids),
+            candidates=tuple(candidates),
             prompt_token_ids=tuple(prompt.ids.tolist()),
-            finish_reason=finish,
             usage=Usage(
-                prompt_tokens=len(prompt.ids), completion_tokens=len(ids), by_modality=_by_modality(prompt, pictures)
+                prompt_tokens=len(prompt.ids),
+                completion_tokens=sum(len(candidate.token_ids) for candidate in candidates),
+                forced_tokens=sum(candidate.forced_tokens for candidate in candidates),
+                by_modality=_by_modality(prompt, pictures),
             ),
-            timings=clock.timings(drawn),
-            boxes=found.boxes,
-            truncated=found.truncated,
+            timings=clock.timings(),
             sampling=effective,
             device=str(self.runtime.device),
             providers=self.runtime.providers,
@@ -391,9 +383,13 @@ class Engine:
         return self.manifest.image
 
 
-def _check_positive(name: str, value: object) -> None:
-    if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < 1:
-        raise InputError(f"{name} is {value!r}, it must be an integer of at least 1")
+def _without_media(prompt: Prompt, vocabulary: int) -> np.ndarray:
+    """The tokens of a prompt without soft tokens, each once: int64 [m]."""
+    is_text = np.ones(len(prompt.ids), np.bool_)
+    for span in prompt.spans:
+        is_text[span.start : span.start + span.length] = False
+    ids = np.unique(prompt.ids[is_text])
+    return ids[ids < vocabulary]
 
 
 def _by_modality(prompt: Prompt, pictures: list[PreparedPicture]) -> dict[str, int]:

@@ -8,6 +8,7 @@
     │   ├── DocumentError      a PDF or one of its pages cannot be read, or is over a limit
     │   ├── PromptError        the conversation cannot be turned into a prompt
     │   ├── SamplingError      a sampling value is out of range
+    │   ├── GrammarError       a schema, regular expression or grammar cannot be used, or costs too much
     │   └── ContextFull        the prompt does not fit the context
     ├── DeviceError            the device that was asked for cannot be used
     ├── ModelOutputError       the model produced something that cannot be decoded (non-finite logits)
@@ -22,6 +23,7 @@ __all__ = [
     "DeviceError",
     "DocumentError",
     "ExportError",
+    "GrammarError",
     "ImageError",
     "InputError",
     "ModelOutputError",
@@ -62,6 +64,10 @@ class PromptError(InputError):
 
 class SamplingError(InputError):
     """A sampling value is out of its range."""
+
+
+class GrammarError(InputError):
+    """A schema, regular expression or grammar cannot be used, or costs too much."""
 
 
 class ContextFull(InputError):

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import perf_counter
+from typing import ParamSpec
 
 import numpy as np
 
 from .boxes import Box
+from .logprobs import Logprob
 from .sampling import Effective
 
-__all__ = ["Chunk", "EncodedImage", "Reply", "StageClock", "Timings", "Usage"]
+__all__ = ["Candidate", "Chunk", "EncodedImage", "Reply", "StageClock", "Timings", "Usage", "whole_reply"]
+
+_Arguments = ParamSpec("_Arguments")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -38,6 +43,8 @@ class EncodedImage:
 class Usage:
     """Token counts. The stop token that ends a reply is not part of it and not counted.
 
+    `completion_tokens` are those of all candidates; `forced_tokens` of them were not drawn, because the grammar left no
+    choice.
     `by_modality` splits the prompt: "image" counts the soft tokens of pictures, "document" those of pages of documents
     (absent if there are none), "text" everything else.
     """
@@ -46,6 +53,7 @@ class Usage:
     completion_tokens: int
     by_modality: dict[str, int]
     cached_tokens: int = 0
+    forced_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,37 +75,96 @@ class Timings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Reply:
-    """A whole reply.
+class Candidate:
+    """One of the replies to a prompt.
 
-    finish_reason: "stop_id" (the model ended its turn), "stop_text" (a stop string), "length" (`max_tokens`) or
-    "context" (no room left). `boxes` are in pixels of the upright images. `truncated` says that a list of boxes was
-    cut off. `sampling` holds the values that were really used, seed included. `providers` are onnxruntime's, by graph.
+    finish_reason: "stop_id" (the model ended its turn, or the grammar lets nothing follow), "stop_text" (a stop
+    string), "length" (`max_tokens`) or "context" (no room left). `boxes` are in pixels of the upright images.
+    `truncated` says that a list of boxes was cut off, or that the text ends before its grammar does. `logprobs` are
+    None unless asked for, then one for each of `token_ids`. The `seed` gives the candidate again, as a single reply.
     """
 
     text: str
     token_ids: tuple[int, ...]
-    prompt_token_ids: tuple[int, ...]
     finish_reason: str
-    usage: Usage
-    timings: Timings
     boxes: tuple[Box, ...]
     truncated: bool
+    logprobs: tuple[Logprob, ...] | None
+    forced_tokens: int
+    seed: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reply:
+    """A whole reply: one or several candidates. The fields of the first can be read from the reply itself.
+
+    `sampling` holds the values that were really used, with the seed of the first candidate. `providers` are
+    onnxruntime's, by graph.
+    """
+
+    candidates: tuple[Candidate, ...]
+    prompt_token_ids: tuple[int, ...]
+    usage: Usage
+    timings: Timings
     sampling: Effective
     device: str
     providers: dict[str, list[str]]
 
+    @property
+    def text(self) -> str:
+        return self.candidates[0].text
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        return self.candidates[0].token_ids
+
+    @property
+    def finish_reason(self) -> str:
+        return self.candidates[0].finish_reason
+
+    @property
+    def boxes(self) -> tuple[Box, ...]:
+        return self.candidates[0].boxes
+
+    @property
+    def truncated(self) -> bool:
+        return self.candidates[0].truncated
+
+    @property
+    def logprobs(self) -> tuple[Logprob, ...] | None:
+        return self.candidates[0].logprobs
+
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A piece of a stream: text that has become certain, and the ids drawn since the piece before.
+    """A piece of a stream: text that has become certain, and the ids since the piece before.
 
-    The last one carries the whole `reply`; the pieces joined are its text and its ids.
+    Candidates follow one another; the pieces of one joined are its text, its ids and its `logprobs` (empty unless asked
+    for). The last piece of all carries the whole `reply`.
     """
 
     text: str
     token_ids: tuple[int, ...] = ()
     reply: Reply | None = None
+    candidate: int = 0
+    logprobs: tuple[Logprob, ...] = ()
+
+
+def whole_reply(stream: Callable[_Arguments, Generator[Chunk, None, None]]) -> Callable[_Arguments, Reply]:
+    """The function that takes what `stream` takes and returns the reply that its last chunk carries."""
+
+    @functools.wraps(stream)
+    def generate(*arguments: _Arguments.args, **options: _Arguments.kwargs) -> Reply:
+        reply = None
+        for chunk in stream(*arguments, **options):
+            reply = chunk.reply
+        assert reply is not None
+        return reply
+
+    generate.__name__, generate.__qualname__ = "generate", stream.__qualname__.replace(stream.__name__, "generate")
+    generate.__doc__ = f"Like `{stream.__name__}`, which has the arguments, but return the whole reply."
+    generate.__annotations__ = stream.__annotations__ | {"return": "Reply"}
+    return generate
 
 
 @dataclass(slots=True)
@@ -106,6 +173,7 @@ class StageClock:
 
     started: float = field(default_factory=perf_counter)
     first_token: float | None = None
+    tokens: int = 0
     stages: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
@@ -117,12 +185,13 @@ class StageClock:
             self.stages[name] = self.stages.get(name, 0.0) + perf_counter() - begin
 
     def token(self) -> None:
-        """A token has been drawn."""
+        """A token has been drawn or forced, of the reply or the stop token behind it."""
+        self.tokens += 1
         if self.first_token is None:
             self.first_token = perf_counter()
 
-    def timings(self, tokens: int) -> Timings:
-        """The report, for a reply of which `tokens` tokens were drawn (the stop token too)."""
+    def timings(self) -> Timings:
+        """The report."""
         now = perf_counter()
         first = self.first_token or now
         milliseconds = {
@@ -131,6 +200,6 @@ class StageClock:
         return Timings(
             **milliseconds,
             first_token=1e3 * (first - self.started),
-            per_token=1e3 * (now - first) / (tokens - 1) if tokens > 1 else 0.0,
+            per_token=1e3 * (now - first) / (self.tokens - 1) if self.tokens > 1 else 0.0,
             total=1e3 * (now - self.started),
         )

@@ -12,6 +12,7 @@ become valid any more.
 
 from __future__ import annotations
 
+import bisect
 import codecs
 import json
 import re
@@ -22,7 +23,7 @@ from tokenizers import AddedToken, Tokenizer
 
 from .errors import BundleError, PromptError
 
-__all__ = ["TextStream", "load_tokenizer", "special_ids"]
+__all__ = ["TextStream", "check_stop", "load_tokenizer", "special_ids", "token_bytes"]
 
 _REPLACEMENT = "\ufffd"
 _BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
@@ -54,6 +55,32 @@ def special_ids(tokenizer: Tokenizer) -> frozenset[int]:
     return frozenset(id for id, token in tokenizer.get_added_tokens_decoder().items() if token.special)
 
 
+def token_bytes(tokenizer: Tokenizer, id: int) -> bytes:
+    """What a token that is text adds to the text of a reply, in UTF-8; a byte token may add part of a character.
+
+    b"" for an id without a token, and for the byte 0xFF, which no UTF-8 has.
+    """
+    token = tokenizer.id_to_token(id)
+    if token is None:
+        return b""
+    byte = _byte_value(token)
+    if byte is not None:
+        return bytes([byte]) if byte != 0xFF else b""
+    return tokenizer.decode([id], skip_special_tokens=False).encode()
+
+
+def check_stop(stop: object) -> tuple[str, ...]:
+    """Stop strings in one form. Raises PromptError for an empty one, or for anything but strings."""
+    if isinstance(stop, str):
+        stop = [stop]
+    if not isinstance(stop, Sequence):
+        raise PromptError(f"stop is {stop!r}, expected a string or a list of strings")
+    for index, string in enumerate(stop):
+        if not isinstance(string, str) or not string:
+            raise PromptError(f"stop string {index} is {string!r}, expected text that is not empty")
+    return tuple(stop)
+
+
 class TextStream:
     """The text of one reply, from its ids.
 
@@ -70,7 +97,7 @@ class TextStream:
         self._tokenizer = tokenizer
         self._hidden = special_ids(tokenizer) if hidden_ids is None else frozenset(hidden_ids)
         self._run = _ByteRun()
-        self._matcher = _StopMatcher([stop] if isinstance(stop, str) else stop)
+        self._matcher = _StopMatcher(check_stop(stop))
 
     @property
     def stopped(self) -> bool:
@@ -175,13 +202,9 @@ class _StopMatcher:
     """
 
     def __init__(self, stop: Sequence[str]):
-        if not isinstance(stop, Sequence):
-            raise PromptError(f"stop is {stop!r}, expected a string or a list of strings")
-        for index, string in enumerate(stop):
-            if not isinstance(string, str) or not string:
-                raise PromptError(f"stop string {index} is {string!r}, expected text that is not empty")
         self._stop = sorted(set(stop), key=len)  # of two that match at one place, the shorter is complete first
         self._longest = len(self._stop[-1]) if self._stop else 0
+        self._ordered = sorted(self._stop)
         self._held = ""
         self.matched: str | None = None
 
@@ -221,6 +244,9 @@ class _StopMatcher:
         """
         size = len(self._held)
         for start in range(max(0, size - self._longest + 1), size):
-            if any(string.startswith(self._held[start:]) for string in self._stop):
+            tail = self._held[start:]
+            # Strings that begin with the tail stand together in order, from where the tail itself would stand.
+            at = bisect.bisect_left(self._ordered, tail)
+            if at < len(self._ordered) and self._ordered[at].startswith(tail):
                 return start
         return size

@@ -33,6 +33,7 @@ class ScriptedRuntime:
         self.vocabulary, self.device, self.providers = real.vocabulary, real.device, real.providers
         self.script, self.rows, self.errors = script, rows or {}, errors or {}
         self.prefills = self.steps = self.encodes = 0
+        self.extended: list[list[int]] = []  # the tokens of each step
         self.ids: list[int] = []
         self.soft: list[SoftTokens] = []
         self._hidden = real.hidden
@@ -68,11 +69,19 @@ class _ScriptedSession:
         self.length = len(ids)
         return runtime.logits(0)
 
-    def step(self, token: int) -> np.ndarray:
+    def extend(self, tokens: Sequence[int]) -> np.ndarray:
+        """One run; the script goes on behind the last token."""
         self._runtime.steps += 1
-        self.length += 1
-        self.run += 1
+        self._runtime.extended.append(list(tokens))
+        self.length += len(tokens)
+        self.run += len(tokens)
         return self._runtime.logits(self.run)
+
+    def snapshot(self) -> tuple[int, int]:
+        return self.length, self.run
+
+    def restore(self, snapshot: tuple[int, int]) -> None:
+        self.length, self.run = snapshot
 
 
 def scripted(engine: Engine, script: Sequence[int], **faults: dict) -> tuple[Engine, ScriptedRuntime]:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from siglance.engine.errors import ModelOutputError, SamplingError
 from siglance.engine.manifest import SamplingFacts
-from siglance.engine.sampling import Effective, Sampling, make_sampler, resolve
+from siglance.engine.sampling import Effective, Sampler, Sampling, resolve
 from siglance.kernels import reference_sampling as reference
 from siglance.kernels import topk
 
@@ -80,7 +80,7 @@ def near_boundary(logits: np.ndarray, top_k: int, top_p: float, min_p: float) ->
 @settings(max_examples=EXAMPLES, deadline=None)
 @given(rows(), st.fixed_dictionaries(FILTERS), TEMPERATURES, st.integers(0, 2**64 - 1))
 def test_law_the_sampler_draws_what_the_definition_draws(logits, filters, temperature, seed):
-    token = make_sampler(effective(temperature=temperature, seed=seed, **filters))(logits)
+    token = Sampler(effective(temperature=temperature, seed=seed, **filters))(logits)
     expected = reference.distribution(logits.tolist(), temperature, **filters)
     if token in expected and temperature > 0:
         # The draw is the definition's for the same uniform number, up to float32 rounding of the running sum.
@@ -119,8 +119,8 @@ def test_law_each_filter_keeps_what_the_definition_keeps(logits, data):
 def test_law_top_k_of_1_and_temperature_0_are_greedy(logits, top_p, min_p, temperature, seed):
     greedy = int(np.argmax(logits))
     filters = {"top_p": top_p, "min_p": min_p, "seed": seed}
-    assert make_sampler(effective(temperature=temperature, top_k=1, **filters))(logits) == greedy
-    assert make_sampler(effective(temperature=0.0, top_k=5, **filters))(logits) == greedy
+    assert Sampler(effective(temperature=temperature, top_k=1, **filters))(logits) == greedy
+    assert Sampler(effective(temperature=0.0, top_k=5, **filters))(logits) == greedy
 
 
 @pytest.mark.parametrize("size", [1, 2, 511, 512, 513, 1025])
@@ -170,7 +170,7 @@ def chi_square_bound(freedom: int, deviations: float = 4.7534) -> float:
 )
 def test_20000_draws_follow_the_distribution(values):
     logits, draws = random_row(97, seed=3, scale=1.5), 20_000
-    sampler = make_sampler(effective(**values))
+    sampler = Sampler(effective(**values))
     counts = np.bincount([sampler(logits) for _ in range(draws)], minlength=97)
     filters = {name: value for name, value in values.items() if name != "temperature"}
     expected = reference.distribution(logits.tolist(), values.get("temperature", 1.0), **filters)
@@ -186,7 +186,7 @@ def test_20000_draws_follow_the_distribution(values):
 def test_chi_square_notices_a_wrong_temperature():
     """The check of the check: draws at temperature 0.8 do not pass for temperature 1."""
     logits, draws = random_row(97, seed=3, scale=1.5), 8_000
-    sampler = make_sampler(effective(temperature=0.8))
+    sampler = Sampler(effective(temperature=0.8))
     counts = np.bincount([sampler(logits) for _ in range(draws)], minlength=97)
     expected = reference.distribution(logits.tolist(), 1.0)
     statistic = sum((counts[id] - draws * p) ** 2 / (draws * p) for id, p in expected.items())
@@ -196,13 +196,13 @@ def test_chi_square_notices_a_wrong_temperature():
 def test_the_temperature_comes_after_the_filters():
     """At temperature 4 top-p still keeps what it keeps at temperature 1 (transformers would keep more)."""
     logits = np.log(np.array([0.6, 0.3, 0.06, 0.04], dtype=np.float32))
-    sampler = make_sampler(effective(temperature=4.0, top_p=0.9 - 1e-6))
+    sampler = Sampler(effective(temperature=4.0, top_p=0.9 - 1e-6))
     assert {sampler(logits) for _ in range(500)} == {0, 1}
 
 
 def test_top_p_counts_after_top_k():
     logits = np.log(np.array([0.4, 0.3, 0.2, 0.1], dtype=np.float32))
-    sampler = make_sampler(effective(top_k=2, top_p=0.5))  # 0.4 / 0.7 reaches 0.5, 0.4 would not
+    sampler = Sampler(effective(top_k=2, top_p=0.5))  # 0.4 / 0.7 reaches 0.5, 0.4 would not
     assert {sampler(logits) for _ in range(200)} == {0}
 
 
@@ -210,7 +210,7 @@ def test_a_row_of_the_real_size():
     logits = random_row(262_144, seed=1, scale=2.0)
     logits[200_000] = 14.0
     for values in ({}, {"top_k": 64, "top_p": 0.95}, {"top_p": 0.95}, {"min_p": 0.1}, {"temperature": 0.0}):
-        assert 0 <= make_sampler(effective(**values))(logits) < 262_144
+        assert 0 <= Sampler(effective(**values))(logits) < 262_144
     assert topk.top_k(logits, 64).tolist() == sorted(np.argsort(-logits, kind="stable")[:64].tolist())
     ordered = np.argsort(-logits, kind="stable")
     reached = np.cumsum(topk.relative_weights(logits, 1.0)[ordered], dtype=np.float64)
@@ -229,12 +229,12 @@ def test_a_row_of_the_real_size():
 def test_case_27_tiny_temperatures_are_greedy(temperature, filters):
     logits = random_row(97)
     logits[41] = 60.0
-    assert make_sampler(effective(temperature=temperature, **filters))(logits) == 41
+    assert Sampler(effective(temperature=temperature, **filters))(logits) == 41
 
 
 def test_case_27_top_p_0_keeps_exactly_the_best_token():
     logits = np.array([1.0, 5.0, 5.0, 4.999], dtype=np.float32)
-    sampler = make_sampler(effective(top_p=0.0))
+    sampler = Sampler(effective(top_p=0.0))
     assert {sampler(logits) for _ in range(100)} == {1}
 
 
@@ -242,7 +242,7 @@ def test_case_27_top_p_0_keeps_exactly_the_best_token():
 def test_case_27_minus_inf_everywhere_but_one(values):
     logits = np.full(97, -np.inf, dtype=np.float32)
     logits[96] = -1e30
-    assert make_sampler(effective(**values))(logits) == 96
+    assert Sampler(effective(**values))(logits) == 96
 
 
 @pytest.mark.parametrize(
@@ -264,13 +264,13 @@ def test_case_27_values_out_of_range_are_refused_by_name_and_range(name, value):
 @pytest.mark.parametrize("bad", [[math.nan] * 4, [math.inf, 0, 0, 0], [-math.inf] * 4, [0, math.nan, -math.inf, 0]])
 def test_case_17_non_finite_logits_are_an_error(bad, temperature):
     with pytest.raises(ModelOutputError, match=r"^non-finite logits: .* of 4$"):
-        make_sampler(effective(temperature=temperature))(np.array(bad, dtype=np.float32))
+        Sampler(effective(temperature=temperature))(np.array(bad, dtype=np.float32))
 
 
 def test_case_17_all_equal_is_legal_and_greedy_takes_the_lowest_id():
     equal = np.full(97, 3.25, dtype=np.float32)
-    assert make_sampler(effective(temperature=0.0))(equal) == 0
-    assert len({make_sampler(effective(seed=seed))(equal) for seed in range(200)}) > 50
+    assert Sampler(effective(temperature=0.0))(equal) == 0
+    assert len({Sampler(effective(seed=seed))(equal) for seed in range(200)}) > 50
 
 
 # -- case 63: defaults, and seeds ------------------------------------------------------------------------------------
@@ -307,15 +307,15 @@ def test_a_seed_is_drawn_reported_and_repeats_the_reply():
     assert 0 <= first.seed < 2**53
     logits = random_row(1025)
     again = resolve(Sampling(seed=first.seed), GEMMA)
-    one, two = make_sampler(first), make_sampler(again)
+    one, two = Sampler(first), Sampler(again)
     assert [one(logits) for _ in range(50)] == [two(logits) for _ in range(50)]
 
 
 def test_same_seed_same_draws_whatever_runs_between():
     logits = random_row(1025)
-    alone = make_sampler(effective(seed=11))
+    alone = Sampler(effective(seed=11))
     expected = [alone(logits) for _ in range(50)]
-    one, other = make_sampler(effective(seed=11)), make_sampler(effective(seed=12))
+    one, other = Sampler(effective(seed=11)), Sampler(effective(seed=12))
     found = []
     for _ in range(50):
         np.random.default_rng().random()
@@ -328,5 +328,5 @@ def test_the_sampler_does_not_change_its_input():
     logits = random_row(1025)
     before = logits.copy()
     logits.flags.writeable = False
-    make_sampler(effective(top_k=40, top_p=0.9, min_p=0.05))(logits)
+    Sampler(effective(top_k=40, top_p=0.9, min_p=0.05))(logits)
     assert np.array_equal(logits, before)
