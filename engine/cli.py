@@ -5,8 +5,10 @@ Exit codes: 0, 1 (an error, one line on stderr), 2 (usage), 3 (`verify` found th
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import platform
 import sys
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -18,12 +20,13 @@ from . import output
 from .bundle import Bundle
 from .engine import DEFAULT_MAX_TOKENS, Engine
 from .errors import InputError, PromptError, SiglanceError
+from .graph import usable_cores, versions
 from .limits import read_limits
 from .media import is_document
 from .parts import Image, PartLike, Pdf
 from .prompt import Text
 from .reply import Reply
-from .runtime import PREFILL_CHUNK
+from .runtime import PREFILL_CHUNK, Runtime
 from .sampling import Sampling
 
 __all__ = ["app", "main"]
@@ -206,6 +209,30 @@ def inspect(
     path = Path(target)
     facts = inspect_graph(path) if path.suffix == ".onnx" else inspect_bundle(Bundle.open(target))
     print(json.dumps(facts, indent=1) if as_json else render(facts))
+
+
+@app.command()
+def bench(
+    bundle: Annotated[str, typer.Argument(metavar="BUNDLE", help="Folder of a bundle, or a name in the cache.")],
+    perplexity: Annotated[
+        Path, typer.Option(metavar="TEXT_FILE", help="Measure how well the bundle predicts this text.")
+    ],
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Measure a bundle: its perplexity on a text."""
+    from . import perplexity as scoring
+
+    text, sha256 = scoring.read_text(perplexity)
+    opened = Bundle.open(bundle)
+    found = scoring.measure(Runtime(opened, device=device), scoring.text_ids(opened, text))
+    if as_json:
+        machine = {"platform": platform.platform(), "cores": usable_cores()}
+        facts = {"perplexity": dataclasses.asdict(found) | {"text_sha256": sha256}}
+        print(json.dumps(facts | {"machine": machine, "versions": versions()}))
+    else:
+        print(f"perplexity {found.perplexity:.3f} +- {found.standard_error:.3f}")
+        print(f"  {found.scored_tokens} of {found.tokens} tokens in {found.chunks} chunks, {found.seconds:.0f} s")
 
 
 @app.command("count-tokens")
