@@ -211,9 +211,14 @@ def test_a_later_picture_changes_nothing_before_it(runtimes):
 
 @pytest.mark.parametrize("order", [1, -1])
 def test_the_order_of_the_pictures_in_the_list_does_not_matter(runtimes, order):
-    soft, ids = [soft_at(1, 4, 1), soft_at(7, 5, 2)], ids_of(14)
-    expected = reference(embeddings(ids, soft), [(1, 5), (7, 12)])
-    close(runtimes["images"].session().prefill(ids, soft[::order], chunk=3), expected[-1])
+    ids = ids_of(16)
+    for soft, found in (
+        ([soft_at(1, 4, 1), soft_at(7, 5, 2)], [(1, 5), (7, 12)]),
+        ([soft_at(1, 4, 1), soft_at(5, 3, 2), soft_at(8, 4, 3)], [(1, 12)]),
+    ):
+        expected = reference(embeddings(ids, soft), found)
+        close(runtimes["images"].session().prompt_logits(ids, soft[::order]), expected)
+        close(runtimes["images"].session().prefill(ids, soft[::order], chunk=3), expected[-1])
 
 
 @pytest.mark.parametrize("kind", ["images", "prefix"])

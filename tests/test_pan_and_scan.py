@@ -124,6 +124,13 @@ def test_crops_come_from_the_original_pixels():
         assert picture.patches(view, picture.pixels(view), SQUASH).values.shape == (81, 768)
 
 
+def test_a_tall_picture_is_cut_from_top_to_bottom():
+    pixels = formula_picture(700, 300)
+    picture = lay_out(source(pixels), SQUASH, None, pan_and_scan=True)
+    for view, part in enumerate((slice(0, 700), slice(0, 350), slice(350, 700))):
+        assert np.array_equal(picture.pixels(view), pixels[part])
+
+
 def test_off_by_default_and_without_effect_on_pictures_that_are_not_long():
     assert lay_out(source(formula_picture(300, 1001)), SQUASH, None).soft_tokens == (9,)
     assert lay_out(source(formula_picture(300, 301)), SQUASH, None, pan_and_scan=True).soft_tokens == (9,)
