@@ -85,6 +85,7 @@ class GraphBuilder:
         self.name = name
         self.plan = plan or Plan()
         self._graph = ir.Graph([], [], nodes=[], opset_imports={"": _OPSET, MICROSOFT: 1}, name=name)
+        self._nodes = self._graph  # where new nodes go: the graph itself, or the body of a loop
         self._weights = weights
         self._scopes: list[str] = []
         self._names: set[str] = set()
@@ -143,8 +144,34 @@ class GraphBuilder:
             outputs=values,
             name=path,
         )
-        self._graph.append(node)
+        self._nodes.append(node)
         return values
+
+    def loop(
+        self,
+        count: ir.Value,
+        carried: Sequence[ir.Value],
+        body: Callable[[ir.Value, list[ir.Value]], Sequence[ir.Value]],
+        name: str,
+    ) -> list[ir.Value]:
+        """Run `body(index, values) -> values` `count` times (int64 []), from `carried` on; returns the last values.
+
+        Nodes that `body` makes form a nested graph, which may read everything made before; its weights and constants
+        belong to the outer graph. The values it returns must be made by it.
+        """
+        outer, halves = self._nodes, dict(self._halves)
+        with self.scope(name):
+            index = ir.Value(name=self._unique("index"), shape=ir.Shape([]), type=ir.TensorType(INT64))
+            going = ir.Value(name=self._unique("going"), shape=ir.Shape([]), type=ir.TensorType(BOOL))
+            values = [ir.Value(name=self._unique("carried")) for _ in carried]
+            self._nodes = ir.Graph([index, going, *values], [], nodes=[], name=self._unique("body"))
+            try:
+                results = body(index, values)
+                self._nodes.outputs.extend([self.op("Identity", going), *results])
+            finally:
+                # A float16 version made inside cannot be read outside.
+                inner, self._nodes, self._halves = self._nodes, outer, halves
+        return self.ops("Loop", [count, None, *carried], len(carried), name=name, body=inner)
 
     def constant(self, array: np.ndarray, name: str) -> ir.Value:
         """A small initializer stored inside the graph file."""
@@ -256,7 +283,8 @@ class GraphBuilder:
             assert tensor is not None
             name = tensor.dtype.name.lower()
             dtypes[name] = dtypes.get(name, 0) + tensor.nbytes
-        return {"nodes": len(self._graph), "weight_bytes": sum(dtypes.values()), "dtypes": dtypes}
+        nodes = sum(1 for _ in ir.traversal.RecursiveGraphIterator(self._graph))
+        return {"nodes": nodes, "weight_bytes": sum(dtypes.values()), "dtypes": dtypes}
 
     def _initializer(self, name: str, tensor: ir.TensorProtocol) -> ir.Value:
         value = ir.Value(
