@@ -20,6 +20,7 @@ from . import output
 from .bundle import Bundle
 from .engine import DEFAULT_MAX_TOKENS, Engine
 from .errors import InputError, PromptError, SiglanceError
+from .grammar import MAX_GRAMMAR_BYTES, Grammar
 from .graph import usable_cores, versions
 from .limits import read_limits
 from .media import is_document
@@ -27,7 +28,7 @@ from .parts import Image, PartLike, Pdf
 from .prompt import Text
 from .reply import Reply
 from .runtime import PREFILL_CHUNK, Runtime
-from .sampling import Sampling
+from .sampling import Sampling, read_logit_bias
 
 __all__ = ["app", "main"]
 
@@ -85,7 +86,28 @@ def run(
         float | None, typer.Option(metavar="F", help="Keep the best tokens up to this probability.")
     ] = None,
     min_p: Annotated[float | None, typer.Option(metavar="F", help="Drop tokens below F times the best.")] = None,
+    presence_penalty: Annotated[
+        float | None, typer.Option(metavar="F", help="-2 to 2, off the logit of tokens that the reply has.")
+    ] = None,
+    frequency_penalty: Annotated[
+        float | None, typer.Option(metavar="F", help="-2 to 2, off the logit for each time that the reply has a token.")
+    ] = None,
+    repetition_penalty: Annotated[
+        float | None,
+        typer.Option(metavar="F", help="Divides the logit of tokens of the prompt and the reply; 1 is off."),
+    ] = None,
+    logit_bias: Annotated[
+        list[str] | None, typer.Option(metavar="ID=F", help="Add -100 to 100 to the logit of a token.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(metavar="N", help="Same seed, same text.")] = None,
+    candidates: Annotated[int, typer.Option(metavar="N", help="Several replies to one prompt.")] = 1,
+    logprobs: Annotated[
+        int | None, typer.Option(metavar="N", help="Report log-probabilities, and of the N best tokens at each place.")
+    ] = None,
+    schema: Annotated[Path | None, typer.Option(metavar="FILE", help="Answer in JSON by this JSON schema.")] = None,
+    regex: Annotated[str | None, typer.Option(metavar="R", help="Answer with a text that this matches.")] = None,
+    grammar: Annotated[Path | None, typer.Option(metavar="FILE", help="Answer by this Lark grammar.")] = None,
+    detections: Annotated[bool, typer.Option("--detections", help="Answer with a list of labelled boxes.")] = False,
     stop: Annotated[list[str] | None, typer.Option(metavar="S", help="End the reply before this text.")] = None,
     raw: RawOption = False,
     pan_and_scan: PanAndScanOption = False,
@@ -116,16 +138,39 @@ def run(
         output.check_place(option, path)
     drawing = None if draw is None else output.picture_format("--draw", draw)
     canvas = None if draw is None else output.canvas(_attached(image, pages)[0], limits)
-    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
+    sampling = Sampling(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        repetition_penalty=repetition_penalty,
+        logit_bias=None if logit_bias is None else read_logit_bias(logit_bias),
+        seed=seed,
+    )
+    format = _format(schema, regex, grammar, detections)
     common = {"system": system, "image_tokens": image_tokens, "raw": raw, "pan_and_scan": pan_and_scan}
     common["prompt_ids"] = ids
     with Engine.open(bundle, device=device, limits=limits) as engine:
         rows = None if logits is None else engine.prompt_logits(parts, **common)
         reply: Reply | None = None
+        shown = 0  # candidates whose heading has been written
         for chunk in engine.stream(
-            parts, max_tokens=max_tokens, sampling=sampling, stop=stop or [], prefill_chunk=prefill_chunk, **common
+            parts,
+            max_tokens=max_tokens,
+            sampling=sampling,
+            stop=stop or [],
+            format=format,
+            candidates=candidates,
+            logprobs=logprobs,
+            prefill_chunk=prefill_chunk,
+            **common,
         ):
             if not as_json:
+                if candidates > 1 and chunk.candidate == shown:
+                    sys.stdout.write(f"{chr(10) if shown else ''}--- {shown + 1}\n")
+                    shown += 1
                 sys.stdout.write(chunk.text)
                 sys.stdout.flush()
             reply = chunk.reply
@@ -134,6 +179,8 @@ def run(
         print(json.dumps(output.reply_json(reply), ensure_ascii=False))
     else:
         print()
+        for line in output.logprob_lines(reply):
+            output.note(line)
         output.note(output.reply_summary(reply))
         if bundle == "demo":
             output.note(output.DEMO_NOTE)
@@ -279,6 +326,29 @@ def _file(argument: str, pages: str | None) -> Image | Pdf:
     source = source if source.lower().startswith("data:") else Path(source)
     tokens = int(budget) if has_budget else None
     return Pdf(source, pages, tokens) if pages is not None and is_document(source) else Image(source, tokens)
+
+
+def _format(schema: Path | None, regex: str | None, grammar: Path | None, detections: bool) -> Grammar | None:
+    """The form of the reply that the options ask for."""
+    options = {"--schema": schema, "--regex": regex, "--grammar": grammar, "--detections": detections or None}
+    given = [name for name, value in options.items() if value is not None]
+    if len(given) > 1:
+        raise InputError(f"{' and '.join(given)} exclude each other")
+    if schema is not None:
+        return Grammar.json_schema(_read_text("--schema", schema))
+    if regex is not None:
+        return Grammar.regex(regex)
+    if grammar is not None:
+        return Grammar.lark(_read_text("--grammar", grammar))
+    return Grammar.detections() if detections else None
+
+
+def _read_text(option: str, path: Path) -> str:
+    try:
+        with path.open(encoding="utf-8") as file:
+            return file.read(MAX_GRAMMAR_BYTES + 1)  # one too many is refused
+    except (OSError, ValueError) as error:
+        raise InputError(f"{option} {path}: {error}") from None
 
 
 def _read_ids(path: Path) -> list[int]:

@@ -14,9 +14,10 @@ import PIL.Image
 from .draw import draw_boxes
 from .errors import InputError
 from .limits import Limits
+from .logprobs import Logprob
 from .media import PictureSource, read_media
 from .parts import Image, Pdf
-from .reply import Reply
+from .reply import Candidate, Reply
 from .self_test import VerifyReport
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "canvas",
     "check_place",
     "drawn",
+    "logprob_lines",
     "note",
     "picture_format",
     "progress",
@@ -46,22 +48,57 @@ def note(text: str) -> None:
 
 def reply_json(reply: Reply) -> dict[str, Any]:
     """The object that `run --json` prints."""
-    return {
-        "text": reply.text,
-        "token_ids": list(reply.token_ids),
+    first = _candidate_json(reply.candidates[0])
+    facts = {
+        "text": first["text"],
+        "token_ids": first["token_ids"],
         "prompt_token_ids": list(reply.prompt_token_ids),
-        "finish_reason": reply.finish_reason,
+        "finish_reason": first["finish_reason"],
         "usage": dataclasses.asdict(reply.usage),
         "timings_ms": {name: round(value, 3) for name, value in dataclasses.asdict(reply.timings).items()},
-        "boxes": [
-            {"label": box.label, "box": [round(float(value), 2) for value in box.box], "image": box.image}
-            for box in reply.boxes
-        ],
-        "truncated": reply.truncated,
+        "boxes": first["boxes"],
+        "truncated": first["truncated"],
+        "logprobs": first["logprobs"],
         "sampling": dataclasses.asdict(reply.sampling),
         "device": reply.device,
         "providers": reply.providers,
     }
+    if len(reply.candidates) > 1:
+        facts["candidates"] = [_candidate_json(one) | {"seed": one.seed} for one in reply.candidates]
+    return facts
+
+
+def _candidate_json(candidate: Candidate) -> dict[str, Any]:
+    return {
+        "text": candidate.text,
+        "token_ids": list(candidate.token_ids),
+        "finish_reason": candidate.finish_reason,
+        "boxes": [
+            {"label": box.label, "box": [round(float(value), 2) for value in box.box], "image": box.image}
+            for box in candidate.boxes
+        ],
+        "truncated": candidate.truncated,
+        "logprobs": None if candidate.logprobs is None else [_logprob_json(entry) for entry in candidate.logprobs],
+    }
+
+
+def _logprob_json(entry: Logprob) -> dict[str, Any]:
+    return {**_token_json(entry), "top": [_token_json(other) for other in entry.top]}
+
+
+def _token_json(entry: Logprob) -> dict[str, Any]:
+    # JSON has no infinity; OpenAI's API writes this number for a token that the model rules out.
+    value = max(entry.logprob, -9999.0)
+    return {"id": entry.id, "token": entry.text, "bytes": list(entry.bytes), "logprob": value}
+
+
+def logprob_lines(reply: Reply) -> Iterator[str]:
+    """One line for each token whose log-probability was asked for, alternatives behind it."""
+    for index, candidate in enumerate(reply.candidates):
+        for entry in candidate.logprobs or ():
+            place = f"{index + 1}: " if len(reply.candidates) > 1 else ""
+            top = "".join(f"  {other.text!r} {other.logprob:.3f}" for other in entry.top)
+            yield f"{place}{entry.text!r} {entry.logprob:.3f}{' |' if top else ''}{top}"
 
 
 def reply_summary(reply: Reply) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import secrets
-from collections.abc import Callable, Collection, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ from .errors import ModelOutputError, SamplingError
 from .manifest import SamplingFacts
 from .penalties import Penalties
 
-__all__ = ["Effective", "Sampler", "Sampling", "check_token_ids", "resolve"]
+__all__ = ["Effective", "Sampler", "Sampling", "check_token_ids", "read_logit_bias", "resolve"]
 
 _SEEDS = 2**64
 _DRAWN_SEEDS = 2**53  # seeds are reported in JSON, and this is how far JavaScript counts exactly
@@ -226,6 +226,18 @@ def _check(values: Sampling | Effective) -> None:
         for id, bias in values.logit_bias.items():
             _TOKEN_ID.check("a key of logit_bias", id)
             _BIAS.check(f"logit_bias of token {id}", bias)
+
+
+def read_logit_bias(assignments: Iterable[str]) -> dict[int, float]:
+    """A bias from texts such as "1234=-2.5". Raises SamplingError for anything else."""
+    found = {}
+    for assignment in assignments:
+        id, _, bias = assignment.partition("=")
+        try:
+            found[int(id)] = float(bias)
+        except ValueError:
+            raise SamplingError(f"logit_bias is {assignment!r}, expected a token id, '=' and a number") from None
+    return found
 
 
 def check_token_ids(name: str, ids: Any, vocabulary: int) -> frozenset[int]:
