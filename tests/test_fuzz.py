@@ -2,32 +2,42 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
+import re
 import resource
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from siglance.engine.boxes import parse_boxes
-from siglance.engine.errors import BundleError, ImageError
+from siglance.engine.errors import BundleError, DocumentError, ImageError
 from siglance.engine.image import load_image
+from siglance.engine.limits import DEFAULT_LIMITS
 from siglance.engine.manifest import read_manifest, write_manifest
+from siglance.engine.pdf import open_pages
 from siglance.engine.self_test import formula_picture
+
+from .pdf_files import PdfPage, encrypted, laughing, numbered_pages, packed, pdf, quadrants
+from .picture_files import encoded
+from .rare_pictures import rare_pictures
 
 pytestmark = pytest.mark.fuzz
 
 INPUTS = int(os.environ.get("SIGLANCE_FUZZ_INPUTS", "5000"))
 SEED = 20_261_125
 SLOWEST = 5.0  # seconds for one input
-MOST_MEMORY = 600_000  # kilobytes of growth: 50 megapixels are decoded at most
+MOST_MEMORY = 600_000  # kilobytes for one input: 50 megapixels are decoded at most
+MOST_KEPT = 60_000  # kilobytes for all of them: what allocators do not give back
 
 
 def originals() -> list[bytes]:
-    """One small picture in every format, grey, with transparency and with a palette too."""
+    """Small pictures in every format that is read: grey, with transparency, with a palette, animated too."""
     picture = Image.fromarray(formula_picture(37, 53))
     files = []
     for kind, modes in {
@@ -38,18 +48,52 @@ def originals() -> list[bytes]:
         "BMP": ("RGB", "P"),
         "TIFF": ("RGB", "L", "CMYK"),
         "PPM": ("RGB",),
+        "AVIF": ("RGB",),
+        "JPEG2000": ("RGB", "LA"),
+        **dict.fromkeys(("ICO", "ICNS", "TGA", "PCX", "SGI", "QOI", "DDS", "DIB"), ("RGB",)),
+        **dict.fromkeys(("XBM", "MSP"), ("1",)),
     }.items():
         for mode in modes:
-            file = io.BytesIO()
-            (picture.convert("L") if mode == "I;16" else picture).convert(mode).save(file, kind)
-            files.append(file.getvalue())
-    return files
+            image = (picture.convert("L") if mode == "I;16" else picture).convert(mode)
+            files.append(encoded(image, kind))
+    frames = {"save_all": True, "append_images": [picture.rotate(90)]}
+    files += [encoded(picture, kind, **frames) for kind in ("GIF", "PNG", "WEBP", "TIFF", "MPO", "AVIF")]
+    files.append(encoded(picture, "JPEG", progressive=True))
+    files += [encoded(picture, "TIFF", compression=kind) for kind in ("tiff_lzw", "tiff_adobe_deflate", "jpeg")]
+    return files + [data for data, _ in rare_pictures(24, 16, (200, 30, 40)).values()]
 
 
-def mutated(rng: np.random.Generator, files: list[bytes]) -> bytes:
-    """Flip bits, overwrite a run, cut, or join the halves of two files."""
+def documents() -> list[bytes]:
+    """Small PDFs: drawings, text, pictures, forms, transparency, compressed objects, encryption."""
+    text = PdfPage(b"BT /F 24 Tf 20 40 Td (Hello) Tj ET", resources="/Font << /F << /Type /Font /Subtype /Type1 "
+                   "/BaseFont /Helvetica >> >>")  # fmt: skip
+    shading = PdfPage(
+        b"/S sh",
+        resources="/Shading << /S << /ShadingType 2 /ColorSpace /DeviceRGB /Coords [0 0 200 100] /Function << "
+        "/FunctionType 2 /Domain [0 1] /C0 [1 0 0] /C1 [0 0 1] /N 1 >> >> >>",
+    )
+    half = PdfPage(b"/Half gs 1 0 0 rg 0 0 100 100 re f", resources="/ExtGState << /Half << /ca 0.5 >> >>")
+    curves = PdfPage(b"5 w [9 4] 2 d 10 10 m 60 90 120 -40 190 90 c S q 0 0 50 50 re W n 9 Tr Q", entries="/Rotate 90")
+    picture = Image.fromarray(formula_picture(37, 53))
+    return [
+        pdf(quadrants(), text, shading, half, curves),
+        pdf(quadrants(entries="/CropBox [50 25 150 75] /Rotate 270")),
+        packed(quadrants(), text),
+        numbered_pages(3),
+        laughing(2),
+        encrypted(b"", text),
+        encrypted(b"secret", text),
+        *(encoded(picture.convert(mode), "PDF") for mode in ("RGB", "L", "CMYK", "1")),
+    ]
+
+
+NUMBERS = (b"0", b"-1", b"1", b"65536", b"2147483648", b"-2147483649", b"99999999999999999999", b"1e30", b"0.00001")
+
+
+def mutated(rng: np.random.Generator, files: list[bytes], kinds: int = 4) -> bytes:
+    """Flip bits, overwrite a run, cut, join the halves of two files, or (of 5 kinds) write other numbers."""
     data = bytearray(files[rng.integers(len(files))])
-    kind = rng.integers(4)
+    kind = rng.integers(kinds)
     if kind == 0:
         for _ in range(rng.integers(1, 20)):
             data[rng.integers(len(data))] ^= 1 << rng.integers(8)
@@ -60,37 +104,100 @@ def mutated(rng: np.random.Generator, files: list[bytes]) -> bytes:
         data[start : start + len(run)] = run
     elif kind == 2:
         del data[int(rng.integers(len(data))) :]
-    else:
+    elif kind == 3:
         other = files[rng.integers(len(files))]
         data = data[: int(rng.integers(len(data)))] + other[int(rng.integers(len(other))) :]
+    else:
+        places = list(re.finditer(rb"[0-9]+", data))
+        for place in sorted(rng.choice(len(places), min(4, len(places)), replace=False), reverse=True):
+            data[places[place].start() : places[place].end()] = NUMBERS[rng.integers(len(NUMBERS))]
     return bytes(data)
 
 
+class Watch:
+    """Time and memory of single inputs: the slowest, and the greatest peak above what was resident before it."""
+
+    def __init__(self):
+        self.slowest = 0.0
+        self.greatest = 0
+        self.first = memory("VmRSS")
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        before, begin = memory("VmRSS"), time.perf_counter()
+        yield
+        self.slowest = max(self.slowest, time.perf_counter() - begin)
+        self.greatest = max(self.greatest, memory("VmHWM") - before)
+
+    def report(self) -> str:
+        return (
+            f"slowest {self.slowest:.2f} s, greatest peak of one +{self.greatest / 1e3:.0f} MB, resident after all "
+            f"{(memory('VmRSS') - self.first) / 1e3:+.0f} MB"
+        )
+
+
+def memory(name: str) -> int:
+    """A line of /proc/self/status, in kilobytes."""
+    return int(re.search(rf"^{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)[1])
+
+
+@pytest.mark.filterwarnings("ignore")  # Pillow reports damaged metadata as warnings
 def test_mutated_images():
     rng, files = np.random.default_rng(SEED), originals()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     read = 0
     refused: list[str] = []
-    slowest = 0.0
+    watch = Watch()
     for _ in range(INPUTS):
         data = mutated(rng, files)
-        begin = time.perf_counter()
-        try:
-            pixels = load_image(data)
-        except ImageError as error:
-            refused.append(str(error))
-        else:
-            assert pixels.dtype == np.uint8
-            assert pixels.shape[2] == 3
-            read += 1
-        slowest = max(slowest, time.perf_counter() - begin)
-    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+        with watch():
+            try:
+                pixels = load_image(data)
+            except ImageError as error:
+                refused.append(str(error))
+            else:
+                assert pixels.dtype == np.uint8
+                assert pixels.shape[2] == 3
+                read += 1
+            pixels = None
+    print(f"{INPUTS} images (seed {SEED}): {read} read, {len(refused)} refused, {watch.report()}")
+    assert not any("\n" in message for message in refused)
+    assert watch.slowest < SLOWEST
+    assert watch.greatest < MOST_MEMORY
+    assert memory("VmRSS") - watch.first < MOST_KEPT
+
+
+def test_mutated_documents():
+    """Every document is opened, and its first pages are drawn, by processes of their own: a crash is seen as one."""
+    rng, files = np.random.default_rng(SEED), documents()
+    count = INPUTS // 5
+    opened = drawn = 0
+    refused: list[str] = []
+    watch = Watch()
+    for _ in range(count):
+        data = mutated(rng, files, kinds=5)
+        with watch():
+            try:
+                pages = open_pages(data, None, DEFAULT_LIMITS, "document 1")
+                opened += 1
+                for page in pages[:3]:
+                    assert page.draw(600, 800).shape[2] == 3
+                    drawn += 1
+            except DocumentError as error:
+                refused.append(str(error))
+    crashed = [message for message in refused if "ended with" in message]
+    late = [message for message in refused if "not done after" in message]
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     print(
-        f"{INPUTS} images (seed {SEED}): {read} read, {len(refused)} refused, slowest {slowest:.2f} s, peak +{grown} kB"
+        f"{count} documents (seed {SEED}): {opened} opened, {drawn} pages drawn, {len(refused)} refused, "
+        f"{len(crashed)} crashed, {len(late)} stopped, largest worker {peak / 1e3:.0f} MB, {watch.report()}"
     )
     assert not any("\n" in message for message in refused)
-    assert slowest < SLOWEST
-    assert grown < MOST_MEMORY
+    assert not crashed
+    assert not late
+    assert watch.slowest < SLOWEST
+    assert peak < MOST_MEMORY
+    assert memory("VmRSS") - watch.first < MOST_KEPT
 
 
 def test_mutated_manifests(tiny_model):
