@@ -130,8 +130,8 @@ class Engine:
         Nothing runs before the first `next()`. Closing the generator cancels the work.
 
         Args:
-            conversation: a part, a list of parts (one user turn) or a list of `Turn`. A part is text or a picture;
-                see `PartLike` for how a plain `str` is told apart.
+            conversation: a part, a list of parts (one user turn) or a list of `Turn`. A part is text, a picture
+                or a PDF; see `PartLike` for how a plain `str` is told apart.
             system: text of a system turn in front.
             image_tokens: token budget of every picture that has none of its own; None is the bundle's default.
             max_tokens: most tokens of the reply.
@@ -152,9 +152,9 @@ class Engine:
             prefill_chunk: tokens of the prompt that run at once, more where tokens that see each other would be parted.
 
         Raises:
-            InputError: a part, budget, sampling value, limit or format cannot be used (ImageError, PromptError,
-                SamplingError, GrammarError), or the prompt does not fit (ContextFull). Nothing has run then; only a
-                grammar may become too expensive on the way.
+            InputError: a part, budget, sampling value, limit or format cannot be used (ImageError, DocumentError,
+                PromptError, SamplingError, GrammarError), or the prompt does not fit (ContextFull). Nothing has run
+                then; only damage inside a page shows when the page is drawn, and a grammar may become too expensive.
             ModelOutputError: the model gave something that cannot be decoded.
         """
         clock = StageClock()
