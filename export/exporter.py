@@ -223,7 +223,7 @@ def _manifest(
         precision=plan.precision,
         requires=facts.requires,
         modalities=("text", "image") if facts.image else ("text",),
-        context=min(int(text.get("max_position_embeddings", options.context)), options.context),
+        context=min(facts.context or int(text.get("max_position_embeddings", options.context)), options.context),
         stop_ids=tuple(sorted(stop_ids)),
         files=files,
         image=facts.image,

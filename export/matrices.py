@@ -18,7 +18,7 @@ import onnx_ir as ir
 
 from ..engine.errors import ExportError
 from ..kernels.quantize import Blocks
-from .builder import FLOAT, FLOAT16, MICROSOFT, UINT8, GraphBuilder
+from .builder import FLOAT, FLOAT16, INT64, MICROSOFT, UINT8, GraphBuilder
 from .checkpoint import SLICE_BYTES, Weights
 from .plan import Storage
 
@@ -31,6 +31,7 @@ __all__ = [
     "logits",
     "lookup",
     "scalar",
+    "stack_product",
     "table",
     "to_float",
 ]
@@ -63,12 +64,14 @@ def linear(
     order: np.ndarray | None = None,
     *,
     bias: bool = False,
+    stored_transposed: bool = False,
 ) -> ir.Value:
     """y = x W^T for the checkpoint's `name` of `shape` [out, in]; `order` selects or permutes the outputs.
 
-    `bias` adds the checkpoint's vector of the same layer (".bias" instead of ".weight").
+    `bias` adds the checkpoint's vector of the same layer (".bias" instead of ".weight"). `stored_transposed`: the
+    checkpoint has the matrix as [in, out].
     """
-    y = fused_linear(graph, x, weights, [(name, shape[0])], shape[1], name, order)
+    y = fused_linear(graph, x, weights, [(name, shape[0])], shape[1], name, order, stored_transposed=stored_transposed)
     if not bias:
         return y
     vector, size = name.removesuffix(".weight") + ".bias", (shape[0],)
@@ -88,9 +91,11 @@ def fused_linear(
     width: int,
     key: str,
     order: np.ndarray | None = None,
+    *,
+    stored_transposed: bool = False,
 ) -> ir.Value:
     """The outputs of several linear layers over the same input, concatenated: one matrix product instead of several."""
-    kept = [weights.blocks(name) for name, _ in parts] if graph.plan.keep else []
+    kept = [weights.blocks(name, (count, width)) for name, count in parts] if graph.plan.keep else []
     formats = {(blocks.bits, blocks.block) for blocks in kept if blocks is not None}
     if len(formats) > 1 or (formats and None in kept):
         # The checkpoint stores the parts in different formats: they stay products of their own.
@@ -99,7 +104,10 @@ def fused_linear(
         return joined if order is None else graph.op("Gather", joined, graph.constant(order, "order"), axis=-1)
 
     def rows() -> np.ndarray:
-        matrix = np.concatenate([weights.read(name, (count, width)) for name, count in parts])
+        if stored_transposed:
+            matrix = np.concatenate([weights.read(name, (width, count)).T for name, count in parts])
+        else:
+            matrix = np.concatenate([weights.read(name, (count, width)) for name, count in parts])
         return matrix if order is None else matrix[order]
 
     def ready(storage: Storage) -> Blocks | None:
@@ -272,18 +280,34 @@ def _join(blocks: list[Blocks], order: np.ndarray | None) -> Blocks:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """A table [rows, columns] in the weights file: floats, or codes and scales."""
+    """A table [rows, columns] in the weights file: floats, or codes and scales.
+
+    A stack of matrices of one shape is a table of all their rows, one matrix after the other.
+    """
 
     key: str
     shape: tuple[int, int]
     storage: Storage
     values: ir.Value
     scales: ir.Value | None = None
+    stack: int = 1
 
 
-def table(graph: GraphBuilder, weights: Weights, key: str, name: str, shape: tuple[int, int]) -> Table:
-    """The checkpoint's `name`, stored once under `key` for all graphs that use it."""
-    kept = weights.blocks(name) if graph.plan.keep else None
+def table(
+    graph: GraphBuilder, weights: Weights, key: str, name: str, shape: tuple[int, int], stack: int | None = None
+) -> Table:
+    """The checkpoint's `name`, stored once under `key` for all graphs that use it.
+
+    With `stack` the checkpoint has that many matrices of `shape`, as one tensor [stack, rows, columns].
+    """
+    stored = shape if stack is None else (stack, *shape)
+    stack = stack or 1
+    shape = (stack * shape[0], shape[1])
+
+    def slices() -> Iterator[np.ndarray]:
+        return (part.reshape(-1, shape[1]) for part in weights.read_rows(name, stored))
+
+    kept = weights.blocks(name, shape) if graph.plan.keep else None
     storage = Storage(kept.bits, kept.block) if kept is not None else graph.plan.storage(key, graph.name, shape[1])
     if storage.block:
 
@@ -292,7 +316,7 @@ def table(graph: GraphBuilder, weights: Weights, key: str, name: str, shape: tup
                 yield kept
                 return
             if not weights.random:
-                yield from (graph.plan.quantize(key, rows, storage) for rows in weights.read_rows(name, shape))
+                yield from (graph.plan.quantize(key, rows, storage) for rows in slices())
                 return
             step = max(1, SLICE_BYTES // (4 * shape[1]))
             for start in range(0, shape[0], step):
@@ -300,25 +324,30 @@ def table(graph: GraphBuilder, weights: Weights, key: str, name: str, shape: tup
                 assert blocks is not None
                 yield blocks
 
-        return Table(key, shape, storage, *block_weights(graph, key, shape, storage, packed))
+        return Table(key, shape, storage, *block_weights(graph, key, shape, storage, packed), stack)
     if storage.bits == 16:
 
         def halves() -> Iterator[np.ndarray]:
             largest = 0.0
-            for rows in weights.read_rows(name, shape):
+            for rows in slices():
                 largest = max(largest, _largest_row(rows))
                 yield _as_half(key, rows)
             graph.record(key, largest)
 
-        return Table(key, shape, storage, graph.weight(key, shape, halves, FLOAT16))
-    return Table(key, shape, storage, graph.weight(key, shape, lambda: weights.read_rows(name, shape)))
+        return Table(key, shape, storage, graph.weight(key, shape, halves, FLOAT16), stack=stack)
+    return Table(key, shape, storage, graph.weight(key, shape, slices), stack=stack)
 
 
 def lookup(graph: GraphBuilder, table: Table, ids: ir.Value, name: str) -> ir.Value:
     """Rows `ids` of the table, float32 [..., columns]."""
+    return to_float(graph, _rows(graph, table, ids, name))
+
+
+def _rows(graph: GraphBuilder, table: Table, ids: ir.Value, name: str) -> ir.Value:
+    """Rows `ids` of the table, float16 if that is what it stores or what the graph multiplies."""
     if table.scales is None:
         rows = graph.op("Gather", table.values, ids, name=name)
-        return graph.op("Cast", rows, to=int(FLOAT)) if table.storage.bits == 16 else rows
+        return graph.mark_half(rows) if table.storage.bits == 16 else rows
     rows = graph.op(
         "GatherBlockQuantized",
         *(graph.alias(table.values, f"{table.key}.rows", (table.shape[0], -1)), ids, table.scales),
@@ -329,7 +358,26 @@ def lookup(graph: GraphBuilder, table: Table, ids: ir.Value, name: str) -> ir.Va
         gather_axis=0,
         quantize_axis=1,
     )
-    return graph.op("Cast", rows, to=int(FLOAT)) if graph.plan.half else rows
+    return graph.mark_half(rows) if graph.plan.half else rows
+
+
+def stack_product(graph: GraphBuilder, x: ir.Value, table: Table, index: ir.Value, name: str) -> ir.Value:
+    """x [n, in] times the transpose of matrix `index` (int64 []) of a stack: float32 [n, out].
+
+    The matrix is turned into floats before the product: MatMulNBits takes ten times as long for a matrix that it could
+    not prepare when the session was made.
+    """
+    count = table.shape[0] // table.stack
+    first = graph.op("Mul", index, graph.constant(np.array(count, np.int64), f"{name}.count"))
+    every = graph.weight(f"range.{count}", (count,), lambda: [np.arange(count, dtype=np.int64)], INT64)
+    matrix = _rows(graph, table, graph.op("Add", first, every), f"{name}.rows")
+
+    def multiply(value: ir.Value) -> ir.Value:
+        return graph.op("Gemm", value, matrix, transB=1, name=name)
+
+    if graph.is_half(matrix):
+        return _half_product(graph, x, table.key, multiply)
+    return multiply(to_float(graph, x))
 
 
 def logits(graph: GraphBuilder, x: ir.Value, table: Table, soft_cap: float | None) -> None:

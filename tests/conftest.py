@@ -12,7 +12,7 @@ from siglance.engine.bundle import Bundle
 from siglance.engine.runtime import Runtime
 from siglance.export.exporter import export
 
-from . import tiny
+from . import tiny, tiny_siglip
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,8 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., TinyMo
         if key not in made:
             folder = tmp_path_factory.mktemp(family)
             checkpoint = folder / "checkpoint"
-            getattr(tiny, f"write_{family}")(checkpoint, **arguments)
+            name = f"write_{family}"
+            getattr(tiny if hasattr(tiny, name) else tiny_siglip, name)(checkpoint, **arguments)
             export(checkpoint, folder / "bundle")
             bundle = Bundle.open(folder / "bundle")
             made[key] = TinyModel(checkpoint, bundle, Runtime(bundle))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from ...engine.manifest import ImageFacts, PlaceholderFacts, ReplyFacts, StatePa
 from ..builder import GraphBuilder
 from ..checkpoint import Checkpoint, Weights
 
-__all__ = ["ConfigReader", "ExportOptions", "Facts", "Family", "families", "find_family"]
+__all__ = ["ConfigReader", "ExportOptions", "Facts", "Family", "families", "find_family", "full_state_note"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,10 +44,23 @@ class Facts:
     image_prompt: PlaceholderFacts | None
     reply: ReplyFacts
     turn_ends: tuple[str, ...]  # tokens that end a model turn, beside the checkpoint's own end-of-sequence ids
+    context: int | None = None  # tokens the model was made for, if config.json leaves that to the class's default
     layout: str = "inline"  # see PromptFacts; "media_first" bundles have no chat template
     prompt_end: str = ""
     left_out: tuple[str, ...] = ()  # parts of the checkpoint that the bundle does not have, in words
     notes: tuple[str, ...] = ()  # what the user of the bundle should know, in words
+
+
+def full_state_note(values: Sequence[int], windowed: Sequence[bool], window: int, why: str) -> str:
+    """The note of a model whose layers all keep every token, for layers of `values` numbers of state a token each."""
+    total, avoidable = sum(values), sum(value for value, flag in zip(values, windowed, strict=True) if flag)
+    note = f"every layer keeps keys and values of all tokens: {4 * total} bytes a token in float32, half in float16"
+    if not avoidable:
+        return note
+    return (
+        f"{note}; {4 * avoidable} of them in {sum(windowed)} layers whose window of {window} tokens could be a buffer "
+        f"if {why}"
+    )
 
 
 GraphFunction = Callable[[GraphBuilder, Weights, Any, ExportOptions], None]

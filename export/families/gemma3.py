@@ -1,10 +1,15 @@
-"""Gemma 3, text sizes (270M, 1B): sandwich norms with 1 + w, norm of queries and keys, window and global layers.
+"""Gemma 3: sandwich norms with 1 + w, norm of queries and keys, window and global layers.
 
-Formulas: transformers `modeling_gemma3.py` (Gemma3DecoderLayer, Gemma3Attention, Gemma3RMSNorm).
+The text sizes (270M, 1B) are causal and keep their windows as windows. The sizes that see (4B, 12B, 27B) have a SigLIP
+tower, whose features are pooled 4x4, and pictures whose tokens see each other in every layer.
+Formulas: transformers `modeling_gemma3.py` (Gemma3DecoderLayer, Gemma3Attention, Gemma3RMSNorm,
+Gemma3MultiModalProjector).
 """
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,11 +17,12 @@ import numpy as np
 import onnx_ir as ir
 
 from ...engine.errors import ExportError
-from ...engine.manifest import ReplyFacts, StatePair
+from ...engine.manifest import PanAndScanFacts, PlaceholderFacts, ReplyFacts, StatePair
 from .. import blocks
 from ..builder import FLOAT, INT64, GraphBuilder
 from ..checkpoint import Checkpoint, Weights
-from . import ConfigReader, ExportOptions, Facts, Family
+from . import ConfigReader, ExportOptions, Facts, Family, GraphFunction, full_state_note
+from ._siglip import PREFIXES, SiglipConfig, features, image_facts, placeholders_as_padding, read_siglip
 
 WINDOW_SLACK = 16  # rows above the window: the operator compacts the buffer once in so many steps instead of every step
 
@@ -46,11 +52,41 @@ class Config:
     global_rope: Rope
     tied: bool
     soft_cap: float | None
+    vision: SiglipConfig | None = None
+    pool: int = 1  # patches per side of a soft token
+    image_id: int = 0
 
 
 def read(values: dict[str, Any]) -> Config:
-    """Read config.json of Gemma3ForCausalLM; the defaults are those of transformers' Gemma3TextConfig."""
+    """Read config.json of Gemma3ForCausalLM or Gemma3ForConditionalGeneration, with the defaults of their classes."""
     reader = ConfigReader(values)
+    tied = reader.flag("tie_word_embeddings", True)
+    if values.get("model_type") == "gemma3_text":
+        return _read_text(reader, tied)
+    text, vision_reader = (
+        ConfigReader({}, f"{reader.where}: {key}") if reader.optional(key) is None else reader.section(key)
+        for key in ("text_config", "vision_config")
+    )
+    text.expect("model_type", (None, "gemma3_text"))
+    text.expect("final_logit_softcapping", (None,))  # Gemma3ForConditionalGeneration does not apply one
+    for key in ("projector_type", "mm_projector_type"):
+        reader.expect(key, (None,))
+    vision, tokens = read_siglip(vision_reader), reader.integer("mm_tokens_per_image", 256)
+    side = math.isqrt(max(tokens, 0))
+    if side < 1 or side**2 != tokens or vision.side % side:
+        raise ExportError(
+            f"{reader.where}: mm_tokens_per_image = {tokens} is not a grid that {vision.side} x {vision.side} patches "
+            "can be pooled to"
+        )
+    return dataclasses.replace(
+        _read_text(text, tied),
+        vision=vision,
+        pool=vision.side // side,
+        image_id=reader.integer("image_token_id", reader.integer("image_token_index", 262144)),
+    )
+
+
+def _read_text(reader: ConfigReader, tied: bool) -> Config:
     reader.expect("hidden_activation", (None, "gelu_pytorch_tanh"))
     reader.expect("attention_bias", (None, False))
     reader.expect("attn_logit_softcapping", (None,))
@@ -73,7 +109,7 @@ def read(values: dict[str, Any]) -> Config:
         scale=reader.number("query_pre_attn_scalar", 256) ** -0.5,
         local_rope=local_rope,
         global_rope=global_rope,
-        tied=reader.flag("tie_word_embeddings", True),
+        tied=tied,
         soft_cap=None if soft_cap is None else float(soft_cap),
     )
 
@@ -87,7 +123,7 @@ def _layer_pattern(reader: ConfigReader, layers: int) -> tuple[bool, ...]:
     unknown = sorted(set(kinds) - {"sliding_attention", "full_attention"})
     if unknown or len(kinds) != layers:
         raise ExportError(
-            f"config.json: layer_types has {len(kinds)} entries and unknown kinds {unknown}, expected {layers}"
+            f"{reader.where}: layer_types has {len(kinds)} entries and unknown kinds {unknown}, expected {layers}"
         )
     return tuple(kind == "sliding_attention" for kind in kinds)
 
@@ -103,7 +139,9 @@ def _ropes(reader: ConfigReader) -> tuple[Rope, Rope]:
     scaling = reader.optional("rope_scaling") or {}
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind not in ("default", "linear"):
-        raise ExportError(f"config.json: rope_scaling type {kind!r} is not supported (supported: 'default', 'linear')")
+        raise ExportError(
+            f"{reader.where}: rope_scaling type {kind!r} is not supported (supported: 'default', 'linear')"
+        )
     factor = float(scaling.get("factor", 1.0)) if kind == "linear" else 1.0
     local = Rope(reader.number("rope_local_base_freq", 10_000.0), 1.0)
     return local, Rope(reader.number("rope_theta", 1_000_000.0), factor)
@@ -115,9 +153,27 @@ def _rope(reader: ConfigReader, theta: float) -> Rope:
     return Rope(reader.number("rope_theta", theta), factor)
 
 
+def build_vision(graph: GraphBuilder, weights: Weights, config: Config, options: ExportOptions) -> None:
+    """patches and positions -> soft_tokens [n / k^2, D]: features, mean of each block of patches, norm, projection."""
+    vision = config.vision
+    assert vision is not None
+    x = features(graph, weights, vision)
+    # Patches come block-major: each k x k block is contiguous.
+    shape = graph.constant(np.array([-1, config.pool**2, vision.hidden], np.int64), "blocks_shape")
+    axis = graph.constant(np.array([1], np.int64), "block_axis")
+    pooled = graph.op("ReduceMean", graph.op("Reshape", x, shape), axis, keepdims=0, name="pool")
+    weight = _norm(graph, weights, "projector.mm_soft_emb_norm", vision.hidden)
+    normed = blocks.rms_norm(graph, pooled, weight, "mm_soft_emb_norm")
+    name = "projector.mm_input_projection_weight"
+    projected = blocks.linear(graph, normed, weights, name, (config.hidden, vision.hidden), stored_transposed=True)
+    graph.output(projected, "soft_tokens", FLOAT, ["soft_tokens", config.hidden])
+
+
 def build_embed(graph: GraphBuilder, weights: Weights, config: Config, options: ExportOptions) -> None:
     """input_ids [1, S] -> inputs_embeds [1, S, D], scaled by sqrt(D)."""
     ids = graph.input("input_ids", INT64, [1, "tokens"])
+    if config.vision is not None:
+        ids = placeholders_as_padding(graph, ids, config.image_id, config.vocabulary)
     rows = blocks.lookup(graph, _table(graph, weights, config), ids, "embed_tokens")
     embeddings = blocks.constant_scale(graph, rows, float(config.hidden) ** 0.5, "scale_embeddings")
     graph.output(embeddings, "inputs_embeds", FLOAT, [1, "tokens", config.hidden])
@@ -130,7 +186,12 @@ def _table(graph: GraphBuilder, weights: Weights, config: Config) -> blocks.Tabl
 
 def build_decoder(graph: GraphBuilder, weights: Weights, config: Config, options: ExportOptions) -> None:
     """inputs_embeds and state -> logits of the rows asked for."""
-    inputs = blocks.decoder_inputs(graph, config.hidden)
+    sees = config.vision is not None
+    inputs = blocks.decoder_inputs(graph, config.hidden, blocks=sees)
+    masks: dict[bool, ir.Value] = {}
+    if sees:
+        for windowed in sorted(set(config.windowed)):
+            masks[windowed] = blocks.block_bias(graph, inputs, window=config.window if windowed else None)
     context = min(config.context, options.context)
     tables = {
         windowed: blocks.rope_tables(
@@ -146,7 +207,8 @@ def build_decoder(graph: GraphBuilder, weights: Weights, config: Config, options
     for layer in range(config.layers):
         prefix = f"text.layers.{layer}"
         with graph.scope(f"layers.{layer}"):
-            mixed = _attention(graph, weights, config, layer, normed, inputs, tables[config.windowed[layer]])
+            windowed = config.windowed[layer]
+            mixed = _attention(graph, weights, config, layer, normed, inputs, tables[windowed], masks.get(windowed))
             if layer == config.layers - 1:
                 # The last attention has written its state: only rows whose logits are wanted go on.
                 mixed = blocks.take_rows(graph, mixed, inputs, "take_rows")
@@ -180,6 +242,7 @@ def _attention(
     x: ir.Value,
     inputs: blocks.DecoderInputs,
     tables: tuple[ir.Value, ir.Value],
+    mask: ir.Value | None,
 ) -> ir.Value:
     prefix, size = f"text.layers.{layer}.self_attn", config.head_size
     widths = (config.heads * size, config.key_value_heads * size, config.key_value_heads * size)
@@ -195,11 +258,11 @@ def _attention(
     key = blocks.split_heads(
         graph, key, config.key_value_heads, size, _norm(graph, weights, f"{prefix}.k_norm", size), "k_norm"
     )
-    windowed = config.windowed[layer]
-    window, capacity = (config.window, config.window + WINDOW_SLACK) if windowed else (None, "capacity")
+    has_window = config.windowed[layer] and mask is None
+    window, capacity = (config.window, config.window + WINDOW_SLACK) if has_window else (None, "capacity")
     state = blocks.key_value_state(graph, layer, config.key_value_heads, size, window, capacity)
     facts = blocks.Attention(config.heads, config.key_value_heads, size, config.scale, *tables)
-    mixed, _, _ = blocks.attention(graph, query, key, value, state, inputs, facts)
+    mixed, _, _ = blocks.attention(graph, query, key, value, state, inputs, facts, bias=mask)
     return blocks.linear(graph, mixed, weights, f"{prefix}.o_proj.weight", (config.hidden, config.heads * size))
 
 
@@ -216,31 +279,65 @@ def _head(graph: GraphBuilder, weights: Weights, config: Config) -> blocks.Table
 def finish(checkpoint: Checkpoint, weights: Weights, config: Config, options: ExportOptions) -> Facts:
     if config.tied:
         weights.drop("lm_head.weight")  # some checkpoints carry the tied head a second time
+    vision = config.vision
     state = tuple(
         StatePair(
             input=f"past.{layer}.{part}",
             output=f"present.{layer}.{part}",
-            kind="window" if config.windowed[layer] else "global",
+            kind="window" if config.windowed[layer] and vision is None else "global",
         )
         for layer in range(config.layers)
         for part in ("key", "value")
     )
-    return Facts(
+    facts = Facts(
         requires=("state:global", "state:window", "logit_rows:any"),
         state=state,
         image=None,
         image_prompt=None,
         reply=ReplyFacts(boxes="none", thought=None, tool_call=None),
-        turn_ends=("<end_of_turn>",),
+        turn_ends=("<end_of_turn>", "<eos>"),
+        context=config.context,
     )
+    if vision is None:
+        return facts
+    values = [2 * config.key_value_heads * config.head_size] * config.layers
+    return dataclasses.replace(
+        facts,
+        requires=("state:global", "logit_rows:any", "attention:image_blocks", "image:squash"),
+        image=image_facts(checkpoint, vision, pool=config.pool, resample=2, pan_and_scan=_pan_and_scan),
+        image_prompt=PlaceholderFacts(
+            item="<start_of_image>",
+            before="\n\n<start_of_image>",
+            soft="<image_soft_token>",
+            after="<end_of_image>\n\n",
+        ),
+        notes=(full_state_note(values, config.windowed, config.window, "pictures did not see all of themselves"),),
+    )
+
+
+def _pan_and_scan(reader: ConfigReader) -> PanAndScanFacts:
+    """Crops on request; defaults and texts are Gemma3Processor's."""
+    return PanAndScanFacts(
+        min_crop=reader.integer("pan_and_scan_min_crop_size", 256),
+        max_crops=reader.integer("pan_and_scan_max_num_crops", 4),
+        min_ratio=reader.number("pan_and_scan_min_ratio_to_activate", 1.2),
+        before_full="Here is the original image ",
+        before_crops=" and here are some crops to help you see better ",
+        between_crops=" ",
+    )
+
+
+def _graphs(config: Config) -> dict[str, GraphFunction]:
+    vision: dict[str, GraphFunction] = {"vision": build_vision} if config.vision is not None else {}
+    return {**vision, "embed": build_embed, "decoder": build_decoder}
 
 
 FAMILY = Family(
     name="gemma3",
-    model_types=("gemma3_text",),
-    # Text checkpoints say "model."; text saved out of a multimodal model has one of the other two.
-    prefixes={"text.": ("model.", "language_model.model.", "model.language_model.")},
+    model_types=("gemma3_text", "gemma3"),
+    # Text checkpoints say "model."; text saved out of a multimodal model has one of the other spellings.
+    prefixes=PREFIXES | {"text.": ("model.", *PREFIXES["text."])},
     read=read,
-    graphs=lambda config: {"embed": build_embed, "decoder": build_decoder},
+    graphs=_graphs,
     finish=finish,
 )
