@@ -38,7 +38,7 @@ def penalise(
     """
     values = logits[ids].astype(np.float64)
     values = np.where(values > 0, values / repetition, values * repetition)
-    values -= frequency * counts + presence * (counts > 0)
+    values = values - frequency * counts - presence * (counts > 0)
     return _replaced(logits, ids, values)
 
 

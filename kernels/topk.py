@@ -16,6 +16,7 @@ __all__ = ["draw", "min_p", "relative_weights", "top_k", "top_p"]
 
 _COLUMNS = 4096  # `top_k` takes the best of each column of the row, folded to this width
 _NEAR = 8.0  # logits below the best one that `top_p` looks at first: e^-8 is 0.03 %
+_FEW = 1024  # entries that `top_p` sorts as they are
 _BINS = 4096  # `top_p` adds up probability by distance from the best
 _TINY = 1e-30  # temperatures and distances below are not fit for float32
 _VANISHED = 104.0  # exp(-104) is 0 in float32
@@ -63,6 +64,8 @@ def top_p(logits: np.ndarray, p: float) -> np.ndarray:
 
 def _reaching(logits: np.ndarray, weights: np.ndarray, wanted: float) -> np.ndarray:
     """Positions of the best whose `weights` add up to `wanted`, ascending; at least one."""
+    if logits.size <= _FEW:
+        return np.sort(_best_reaching(logits, weights, wanted))
     bins = _bins(logits)
     mass = np.zeros(_BINS)
     for start in range(0, logits.size, _PART):
@@ -71,12 +74,16 @@ def _reaching(logits: np.ndarray, weights: np.ndarray, wanted: float) -> np.ndar
     reached = np.cumsum(mass)
     last = min(int(np.searchsorted(reached, wanted)), int(bins.max()))  # rounding can leave `wanted` out of reach
     inside = np.flatnonzero(bins == last)
-    inside = inside[np.argsort(-logits[inside], kind="stable")]
     before = reached[last - 1] if last else 0.0
-    count = 1 + int(np.searchsorted(before + np.cumsum(weights[inside], dtype=np.float64), wanted))
     keep = bins < last
-    keep[inside[:count]] = True
+    keep[inside[_best_reaching(logits[inside], weights[inside], wanted - before)]] = True
     return np.flatnonzero(keep)
+
+
+def _best_reaching(logits: np.ndarray, weights: np.ndarray, wanted: float) -> np.ndarray:
+    """The same by sorting, best first."""
+    order = np.argsort(-logits, kind="stable")
+    return order[: np.searchsorted(np.cumsum(weights[order], dtype=np.float64), wanted) + 1]
 
 
 def _bins(logits: np.ndarray) -> np.ndarray:

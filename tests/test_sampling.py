@@ -1,5 +1,7 @@
 """Sampling: the fast chain against the float64 definition, and the draws against the distribution.
 
+Penalties, bias and mask are in test_sampling_penalties.py. The laws of the chain are listed in kernels/README.md.
+
 The chi-square tests use fixed seeds, so they give the same result on each run. Their bound is the value that a right
 sampler exceeds with probability 1e-6 per test: a change of generator would fail one of the five with odds of 1 to
 200,000, a wrong filter fails for sure.
@@ -20,7 +22,7 @@ from siglance.engine.sampling import Effective, Sampler, Sampling, resolve
 from siglance.kernels import reference_sampling as reference
 from siglance.kernels import topk
 
-EXAMPLES = 500
+EXAMPLES = 300
 VOCABULARIES = (1, 2, *[97] * 7, 1025)  # awkward ones; the loops of the definition make the large one dear
 GEMMA = SamplingFacts(temperature=1.0, top_k=64, top_p=0.95, min_p=None)
 
@@ -123,6 +125,73 @@ def test_law_top_k_of_1_and_temperature_0_are_greedy(logits, top_p, min_p, tempe
     assert Sampler(effective(temperature=0.0, top_k=5, **filters))(logits) == greedy
 
 
+@settings(max_examples=EXAMPLES, deadline=None)
+@given(rows(), st.data())
+def test_law_order_of_the_vocabulary_does_not_matter(logits, data):
+    """Another order of the tokens keeps the same tokens, as long as no two are equal."""
+    logits = np.unique(logits)  # without ties, and ascending
+    order = np.array(data.draw(st.permutations(range(logits.size))))
+    k, p, ratio = data.draw(FILTERS["top_k"].filter(bool)), data.draw(FILTERS["top_p"]), data.draw(FILTERS["min_p"])
+    for filter, value in ((topk.top_k, k), (topk.top_p, p), (topk.min_p, ratio or 1.0)):
+        kept, mixed = filter(logits, value), filter(logits[order], value)
+        if filter is topk.top_p and near_boundary(logits, 0, p, 0.0):
+            continue
+        assert sorted(order[mixed].tolist()) == kept.tolist()
+
+
+@settings(max_examples=EXAMPLES, deadline=None)
+@given(st.integers(1, 300), st.integers(0, 2**32 - 1), st.integers(-1000, 1000), st.data())
+def test_law_a_shift_of_all_logits_does_not_matter(size, seed, shift, data):
+    """Filters and weights see differences only. In eighths and with whole shifts float32 is exact."""
+    logits = (np.random.default_rng(seed).integers(-80, 80, size) / 8).astype(np.float32)
+    shifted = logits + np.float32(shift)
+    k, p, ratio = data.draw(FILTERS["top_k"].filter(bool)), data.draw(FILTERS["top_p"]), data.draw(FILTERS["min_p"])
+    for filter, value in ((topk.top_k, k), (topk.top_p, p), (topk.min_p, ratio or 1.0)):
+        assert filter(logits, value).tolist() == filter(shifted, value).tolist()
+    temperature = data.draw(TEMPERATURES.filter(bool))
+    assert np.array_equal(topk.relative_weights(logits, temperature), topk.relative_weights(shifted, temperature))
+    values = {"temperature": temperature, "top_p": p, "seed": seed}
+    assert Sampler(effective(**values))(logits) == Sampler(effective(**values))(shifted)
+
+
+LARGE = {
+    "peaked": lambda generator, size: generator.permutation(-2.4 * np.log(np.arange(1, size + 1))),
+    "wide": lambda generator, size: generator.normal(0, 4, size),
+    "flat": lambda generator, size: generator.normal(0, 1, size),
+    "ties": lambda generator, size: np.round(generator.normal(0, 3, size)),
+    "equal": lambda generator, size: np.full(size, -2.5),
+    "few": lambda generator, size: np.where(generator.random(size) < 0.001, generator.normal(0, 3, size), -np.inf),
+    "one": lambda generator, size: np.where(np.arange(size) == size // 3, 0.0, -np.inf),
+    "huge": lambda generator, size: generator.uniform(-3e38, 3e38, size),
+    "tiny": lambda generator, size: generator.uniform(0, 1e-40, size),
+}
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.sampled_from(sorted(LARGE)),
+    st.sampled_from([8191, 8192, 12_289, 40_000]),
+    st.integers(0, 2**32 - 1),
+    st.sampled_from([1, 2, 64, 1000, 4096, 4097, 8191]),
+    st.sampled_from([0.0, 1e-9, 0.3, 0.9, 0.95, 0.999, 0.9999999]),
+)
+def test_law_large_rows_keep_what_sorting_keeps(kind, size, seed, k, p):
+    """Narrowing down before sorting changes nothing: the definition by a full sort, in numpy, at large sizes."""
+    logits = LARGE[kind](np.random.default_rng(seed), size).astype(np.float32)
+    if not (logits > -np.inf).any():
+        logits[0] = 0
+    order = np.argsort(-logits, kind="stable")
+    assert topk.top_k(logits, k).tolist() == np.sort(order[:k]).tolist()
+    with np.errstate(over="ignore"):
+        weights = np.exp(logits.astype(np.float64) - float(logits.max()))
+    reached = np.cumsum(weights[order]) / weights.sum()
+    kept = topk.top_p(logits, p)
+    # Where the running sum passes p within the precision of float32 weights, any of those places is right.
+    fewest, most = (int(np.searchsorted(reached, value)) + 1 for value in (p - 1e-5, p + 1e-5))
+    assert fewest <= kept.size <= most
+    assert kept.tolist() == np.sort(order[: kept.size]).tolist()
+
+
 @pytest.mark.parametrize("size", [1, 2, 511, 512, 513, 1025])
 def test_draw_covers_its_range_and_skips_weight_zero(size):
     weights = np.zeros(size, dtype=np.float32)
@@ -157,6 +226,17 @@ def chi_square_bound(freedom: int, deviations: float = 4.7534) -> float:
     return freedom * (1 - ninth + deviations * math.sqrt(ninth)) ** 3
 
 
+def chi_square(counts: np.ndarray, expected: dict[int, float]) -> tuple[float, float]:
+    """Pearson's statistic of counts by id, and the value that it exceeds with probability 1e-6. No id is impossible."""
+    draws = int(counts.sum())
+    assert {int(id) for id in np.flatnonzero(counts)} <= set(expected)
+    # Cells that expect fewer than 5 draws are counted together, as the test demands.
+    cells = [(counts[id], draws * p) for id, p in expected.items() if draws * p >= 5]
+    rest = (draws - sum(count for count, _ in cells), draws - sum(expect for _, expect in cells))
+    cells += [rest] if rest[1] > 1e-6 else []
+    return sum((count - expect) ** 2 / expect for count, expect in cells), chi_square_bound(len(cells) - 1)
+
+
 @pytest.mark.parametrize(
     "values",
     [
@@ -174,13 +254,8 @@ def test_20000_draws_follow_the_distribution(values):
     counts = np.bincount([sampler(logits) for _ in range(draws)], minlength=97)
     filters = {name: value for name, value in values.items() if name != "temperature"}
     expected = reference.distribution(logits.tolist(), values.get("temperature", 1.0), **filters)
-    assert {int(id) for id in np.flatnonzero(counts)} <= set(expected)
-    # Cells that expect fewer than 5 draws are counted together, as the test demands.
-    cells = [(counts[id], draws * p) for id, p in expected.items() if draws * p >= 5]
-    rest = (draws - sum(count for count, _ in cells), draws - sum(expect for _, expect in cells))
-    cells += [rest] if rest[1] > 1e-6 else []
-    statistic = sum((count - expect) ** 2 / expect for count, expect in cells)
-    assert statistic < chi_square_bound(len(cells) - 1)
+    statistic, bound = chi_square(counts, expected)
+    assert statistic < bound
 
 
 def test_chi_square_notices_a_wrong_temperature():
