@@ -15,20 +15,20 @@ import numpy as np
 
 from .boxes import TEXT_TOKENS, parse_boxes
 from .bundle import Bundle
-from .decoding import Decoding, check_positive, make_rules
-from .errors import BundleError, ContextFull, InputError, PromptError
+from .decoding import Decoding, Rules, check_positive, make_rules
+from .errors import InputError
 from .grammar import Constraints, Grammar
 from .limits import DEFAULT_LIMITS, Limits
-from .manifest import ImageFacts
-from .media import read_media
-from .parts import Conversation, Image, ImageInput, Pdf, turns_of
-from .pictures import PreparedPicture, assign_spans, lay_out
-from .prompt import Message, Part, Prompt, PromptBuilder, Text, sole_turn
+from .parts import Conversation, ImageInput, turns_of
+from .pictures import PreparedPicture
+from .prompt import Text
+from .reading import Reader, ReadTurn, count_by_modality, text_ids, tower_identity
 from .reply import Candidate, Chunk, EncodedImage, Reply, StageClock, Usage, whole_reply
+from .reuse import CACHE_BYTES, FEATURE_CACHE_BYTES, FEATURE_FOLDER_BYTES, NO_REUSE, Reuse
 from .runtime import PREFILL_CHUNK, Runtime, Session, SoftTokens
 from .sampling import Effective, Sampling
+from .seeing import SeenPrompt, SeenView, see, see_all
 from .self_test import VerifyReport, replay
-from .template import ChatTemplate
 from .text import load_tokenizer, special_ids
 
 __all__ = ["DEFAULT_MAX_TOKENS", "Engine"]
@@ -50,12 +50,25 @@ class Engine:
         device: str = "auto",
         threads: int | None = None,
         limits: Limits = DEFAULT_LIMITS,
+        cache_bytes: int = CACHE_BYTES,
+        feature_cache_bytes: int = FEATURE_CACHE_BYTES,
+        feature_cache_dir: str | os.PathLike[str] | None = None,
+        feature_cache_dir_bytes: int = FEATURE_FOLDER_BYTES,
     ):
-        """Load the graphs of `bundle`; `threads` defaults to the cores this process may use.
+        """Load the graphs of a bundle.
 
-        `limits` bounds the pictures and documents of every request.
+        Args:
+            bundle: an opened bundle.
+            device: "auto" (what the bundle was exported for), "cpu", "cuda" or "cuda:N".
+            threads: None is as many as the cores this process may use.
+            limits: bounds of the pictures and documents of every request.
+            cache_bytes: memory for decoder states of earlier requests, from which later ones that begin alike go on;
+                0 keeps none. Bundles in which the whole prompt sees itself ("attention:prefix") never keep any.
+            feature_cache_bytes: memory for soft tokens of pictures seen before; 0 keeps none.
+            feature_cache_dir: a folder to keep soft tokens in over the end of the process, None for none.
+            feature_cache_dir_bytes: how large that folder may grow.
 
-        Raises BundleError, DeviceError.
+        Raises BundleError, DeviceError, InputError.
         """
         self.bundle = bundle
         self.manifest = bundle.manifest
@@ -63,15 +76,19 @@ class Engine:
         self._tokenizer = load_tokenizer(bundle.path("tokenizer"), TEXT_TOKENS.get(self.manifest.reply.boxes, ()))
         # Ids that are not text. Read once: a large tokenizer has thousands of added tokens.
         self._hidden = special_ids(self._tokenizer) | set(self.manifest.stop_ids)
-        template = _load_template(bundle)
-        crops = None if self.manifest.image is None else self.manifest.image.pan_and_scan
-        self._prompts = PromptBuilder(self._tokenizer, self.manifest.prompt, template, crops)
+        self._reader = Reader(bundle, self._tokenizer, limits)
+        self._reuse = Reuse.open(
+            self.manifest,
+            cache_bytes=cache_bytes,
+            feature_cache_bytes=feature_cache_bytes,
+            feature_cache_dir=feature_cache_dir,
+            feature_cache_dir_bytes=feature_cache_dir_bytes,
+        )
         self._runtime: Runtime | None = Runtime(bundle, device=device, threads=threads)
         self._constraints = Constraints(
             self._tokenizer, self._runtime.vocabulary, self.manifest.stop_ids, self.manifest.reply.boxes
         )
         self._turn = Lock()
-        self._raw_only = template is None and self.manifest.prompt.layout == "inline"
 
     @classmethod
     def open(
@@ -81,9 +98,22 @@ class Engine:
         device: str = "auto",
         threads: int | None = None,
         limits: Limits = DEFAULT_LIMITS,
+        cache_bytes: int = CACHE_BYTES,
+        feature_cache_bytes: int = FEATURE_CACHE_BYTES,
+        feature_cache_dir: str | os.PathLike[str] | None = None,
+        feature_cache_dir_bytes: int = FEATURE_FOLDER_BYTES,
     ) -> Engine:
-        """Open a bundle by path or by name; "demo" is the one that comes with siglance."""
-        return cls(Bundle.open(bundle), device=device, threads=threads, limits=limits)
+        """Open a bundle by path or by name; "demo" is the one that comes with siglance. See `Engine` for the rest."""
+        return cls(
+            Bundle.open(bundle),
+            device=device,
+            threads=threads,
+            limits=limits,
+            cache_bytes=cache_bytes,
+            feature_cache_bytes=feature_cache_bytes,
+            feature_cache_dir=feature_cache_dir,
+            feature_cache_dir_bytes=feature_cache_dir_bytes,
+        )
 
     def __enter__(self) -> Engine:
         return self
@@ -124,6 +154,7 @@ class Engine:
         prompt_ids: Sequence[int] | None = None,
         pan_and_scan: bool = False,
         prefill_chunk: int = PREFILL_CHUNK,
+        cache: bool = True,
     ) -> Generator[Chunk, None, None]:
         """Answer in chunks of text; joined they are the text of the reply, which the last chunk carries.
 
@@ -150,6 +181,8 @@ class Engine:
             pan_and_scan: show long pictures in crops too, each with as many tokens as the whole picture. Only bundles
                 whose manifest has facts for it can do that (Gemma 3).
             prefill_chunk: tokens of the prompt that run at once, more where tokens that see each other would be parted.
+            cache: go on from what earlier requests left, and leave something for later ones. A reply is the same with
+                and without up to rounding; where bit for bit repetition matters, switch it off.
 
         Raises:
             InputError: a part, budget, sampling value, limit or format cannot be used (ImageError, DocumentError,
@@ -171,35 +204,11 @@ class Engine:
             logprobs=logprobs,
         )
         check_positive("prefill_chunk", prefill_chunk)
-        pictures, prompt = self._prepare(conversation, system, image_tokens, raw, prompt_ids, pan_and_scan, clock)
-        session = self.runtime.session()
-        logits = self._prefill(session, prompt, pictures, prefill_chunk, clock)
-        snapshot = session.snapshot() if candidates > 1 else None
-        finished: list[Candidate] = []
-        last = Chunk("")
-        for index in range(candidates):
-            if index:
-                assert snapshot is not None
-                yield last
-                session = self.runtime.session()
-                session.restore(snapshot)
-            decoding = Decoding(
-                rules,
-                index,
-                tokenizer=self._tokenizer,
-                hidden_ids=self._hidden,
-                penalised_ids=_without_media(prompt, self.runtime.vocabulary),
-                context=self.manifest.context,
-                clock=clock,
-            )
-            candidate, last = yield from decoding.run(
-                logits,
-                session.length,
-                partial(self._extend, session, prefill_chunk),
-                lambda text: parse_boxes(text, self.manifest.reply.boxes, [picture.size for picture in pictures]),
-            )
-            finished.append(candidate)
-        yield dataclasses.replace(last, reply=self._reply(finished, prompt, pictures, rules.effective, clock))
+        turns = self._reader.read(
+            conversation, clock, system=system, image_tokens=image_tokens, pan_and_scan=pan_and_scan
+        )
+        asked = self._see(turns, clock, raw=raw, prompt_ids=prompt_ids)
+        yield from self._answer(asked, rules, clock, self._reuse if cache else NO_REUSE, prefill_chunk)
 
     generate = whole_reply(stream)
 
@@ -208,10 +217,11 @@ class Engine:
         [(_, [part])] = turns_of([image], None)
         if isinstance(part, Text):
             raise InputError("encode takes a picture, not text")
-        pictures = self._read(part, image_tokens, False, 1, StageClock())
+        clock = StageClock()
+        pictures = self._reader.read_media(part, clock, image_tokens)
         if len(pictures) > 1:
             raise InputError(f"encode takes one picture, not a document of {len(pictures)} pages: choose one with Pdf")
-        return self._encode(pictures[0], StageClock())
+        return self._encoded_image(pictures[0], see(pictures[0], 0, self.manifest.image, clock), clock)
 
     def count_tokens(
         self,
@@ -223,8 +233,11 @@ class Engine:
         pan_and_scan: bool = False,
     ) -> dict[str, int]:
         """Prompt tokens by modality and in "total", without running a graph."""
-        pictures, prompt = self._prepare(conversation, system, image_tokens, raw, None, pan_and_scan, StageClock())
-        return {"total": len(prompt.ids), **_by_modality(prompt, pictures)}
+        turns = self._reader.read(
+            conversation, StageClock(), system=system, image_tokens=image_tokens, pan_and_scan=pan_and_scan
+        )
+        pictures, prompt = self._reader.prompt(turns, raw=raw)
+        return {"total": len(prompt.ids), **count_by_modality(prompt, pictures)}
 
     def prompt_logits(
         self,
@@ -238,10 +251,13 @@ class Engine:
     ) -> np.ndarray:
         """Logits of every row of the prompt, float32 [prompt tokens, vocabulary]."""
         clock = StageClock()
-        pictures, prompt = self._prepare(conversation, system, image_tokens, raw, prompt_ids, pan_and_scan, clock)
-        soft = self._soft_tokens(prompt, pictures, clock)
+        turns = self._reader.read(
+            conversation, clock, system=system, image_tokens=image_tokens, pan_and_scan=pan_and_scan
+        )
+        asked = self._see(turns, clock, raw=raw, prompt_ids=prompt_ids)
+        soft = self._soft_tokens(asked, clock, self._reuse)
         with self._turn:
-            return self.runtime.session().prompt_logits(prompt.ids, soft)
+            return self.runtime.session().prompt_logits(asked.prompt.ids, soft)
 
     def verify(self) -> VerifyReport:
         """Replay the bundle's self-test on this engine's device."""
@@ -250,91 +266,106 @@ class Engine:
 
     # --- the path
 
-    def _prepare(
+    def _see(
         self,
-        conversation: Conversation,
-        system: str | None,
-        image_tokens: int | None,
-        raw: bool,
-        prompt_ids: Sequence[int] | None,
-        pan_and_scan: bool,
+        turns: Sequence[ReadTurn],
         clock: StageClock,
-    ) -> tuple[list[PreparedPicture], Prompt]:
-        """Read all media and lay out the prompt; everything that can be refused is refused here."""
-        if pan_and_scan and (self.manifest.image is None or self.manifest.image.pan_and_scan is None):
-            raise InputError("pan_and_scan: the model of this bundle does not see pictures in crops")
-        pictures: list[PreparedPicture] = []
-        messages = []
-        attached = 0
-        for role, parts in turns_of(conversation, system):
-            built: list[Part] = []
-            for part in parts:
-                if isinstance(part, Text):
-                    built.append(part)
-                    continue
-                attached += 1
-                read = self._read(part, image_tokens, pan_and_scan, attached, clock)
-                pictures += read
-                built += [picture.medium for picture in read]
-            messages.append(Message(role, built))
-        if prompt_ids is not None:
-            prompt = self._from_ids(prompt_ids, messages, pictures)
-        elif raw or self._raw_only:
-            prompt = self._prompts.raw(sole_turn(messages))
-        else:
-            prompt = self._prompts.chat(messages)
-        if len(prompt.ids) > self.manifest.context:
-            raise ContextFull(len(prompt.ids), self.manifest.context)
-        return pictures, prompt
+        *,
+        raw: bool = False,
+        prompt_ids: Sequence[int] | None = None,
+    ) -> SeenPrompt:
+        """Lay out the prompt, then look at its pictures: nothing is drawn or resized for a prompt that is refused."""
+        pictures, prompt = self._reader.prompt(turns, raw=raw, prompt_ids=prompt_ids)
+        return see_all(prompt, pictures, self.manifest.image, clock)
 
-    def _from_ids(self, ids: Sequence[int], messages: list[Message], pictures: list[PreparedPicture]) -> Prompt:
-        texts = [part.text for message in messages for part in message.parts if isinstance(part, Text)]
-        if any(texts):
-            raise PromptError("a prompt given as ids cannot have text beside it")
-        return assign_spans(self._prompts.from_ids(ids), pictures)
-
-    def _read(
+    def _answer(
         self,
-        part: Image | Pdf | EncodedImage,
-        image_tokens: int | None,
-        pan_and_scan: bool,
-        number: int,
+        asked: SeenPrompt,
+        rules: Rules,
         clock: StageClock,
-    ) -> list[PreparedPicture]:
-        """Read attachment `number`, counted from 1, and lay it out: one picture, or one for each page of a document."""
-        facts = self._image_facts(f"{'document' if isinstance(part, Pdf) else 'image'} {number}")
-        if isinstance(part, EncodedImage):
-            if part.bundle != self._identity:
-                raise InputError(f"image {number} was encoded by another bundle")
-            if pan_and_scan:
-                raise InputError(f"image {number} is encoded already, it cannot be shown in crops (pan_and_scan)")
-            return [PreparedPicture(encoded=part)]
-        with clock.stage("decode_file"):
-            sources = read_media(part, number, self.limits)
-        budget = image_tokens if part.tokens is None else part.tokens
-        return [lay_out(source, facts, budget, pan_and_scan=pan_and_scan) for source in sources]
+        reuse: Reuse,
+        prefill_chunk: int = PREFILL_CHUNK,
+    ) -> Generator[Chunk, None, None]:
+        """Answer a prompt."""
+        session = self.runtime.session()
+        keys = asked.row_keys()
+        with clock.stage("prefill"):
+            cached = reuse.restore(session, keys)
+        logits = self._prefill(session, asked, keys, clock, reuse, prefill_chunk)
+        snapshot = session.snapshot() if rules.candidates > 1 else None
+        finished: list[Candidate] = []
+        last = Chunk("")
+        for index in range(rules.candidates):
+            if index:
+                assert snapshot is not None
+                yield last
+                session = self.runtime.session()
+                session.restore(snapshot)
+            decoding = Decoding(
+                rules,
+                index,
+                tokenizer=self._tokenizer,
+                hidden_ids=self._hidden,
+                penalised_ids=text_ids(asked.prompt, self.runtime.vocabulary),
+                context=self.manifest.context,
+                clock=clock,
+            )
+            candidate, last = yield from decoding.run(
+                logits,
+                session.length,
+                partial(self._extend, session, prefill_chunk),
+                lambda text: parse_boxes(text, self.manifest.reply.boxes, [picture.size for picture in asked.pictures]),
+            )
+            if not index:
+                reuse.keep(session, np.append(keys, candidate.token_ids))
+            finished.append(candidate)
+        yield dataclasses.replace(last, reply=self._reply(finished, asked, rules.effective, clock, cached))
 
-    def _encode(self, picture: PreparedPicture, clock: StageClock, view: int = 0) -> EncodedImage:
-        if picture.encoded is not None:
-            return picture.encoded
-        with clock.stage("decode_file"):  # a page of a document is drawn now
-            pixels = picture.pixels(view)
-        with clock.stage("resize"):
-            patches = picture.patches(view, pixels, self._image_facts("image"))
-        with clock.stage("vision"), self._turn:
-            values = self.runtime.encode(patches.values, patches.positions, picture.soft_tokens[view])
-        return EncodedImage(values, picture.size, self._identity, picture.modality)
+    def _encode(self, view: SeenView, clock: StageClock, reuse: Reuse) -> np.ndarray:
+        """Soft tokens of a view, float32 [length, D]."""
+        if view.soft_tokens is not None:
+            return view.soft_tokens
+        assert view.patches is not None
+        with clock.stage("vision"):
+            known = reuse.features.get(view.content, (view.length, self.runtime.hidden))
+            if known is not None:
+                return view.resolve(known)
+            with self._turn:
+                values = self.runtime.encode(view.patches.values, view.patches.positions, view.length)
+            reuse.features.put(view.content, values)
+            return view.resolve(values)
 
-    def _soft_tokens(self, prompt: Prompt, pictures: list[PreparedPicture], clock: StageClock) -> list[SoftTokens]:
-        encoded = (self._encode(pictures[span.media_index], clock, span.view) for span in prompt.spans)
-        return [SoftTokens(span.start, image.soft_tokens) for span, image in zip(prompt.spans, encoded, strict=True)]
+    def _encoded_image(self, picture: PreparedPicture, view: SeenView, clock: StageClock) -> EncodedImage:
+        values = self._encode(view, clock, self._reuse)
+        return EncodedImage(values, picture.size, tower_identity(self.manifest), picture.modality, view.content)
+
+    def _soft_tokens(self, asked: SeenPrompt, clock: StageClock, reuse: Reuse, first: int = 0) -> list[SoftTokens]:
+        """The soft tokens of the prompt from row `first` on, which does not part any."""
+        spans = zip(asked.prompt.spans, asked.views, strict=True)
+        return [SoftTokens(span.start, self._encode(view, clock, reuse)) for span, view in spans if span.start >= first]
 
     def _prefill(
-        self, session: Session, prompt: Prompt, pictures: list[PreparedPicture], chunk: int, clock: StageClock
+        self, session: Session, asked: SeenPrompt, keys: np.ndarray, clock: StageClock, reuse: Reuse, chunk: int
     ) -> np.ndarray:
-        soft = self._soft_tokens(prompt, pictures, clock)
-        with clock.stage("prefill"), self._turn:
-            return session.prefill(prompt.ids, soft, chunk=chunk)
+        """Bring the session, which may hold a beginning of the prompt, to its end; returns the logits there.
+
+        Where windows will have evicted by then, the state behind the last picture is kept too: the next question about
+        the same pictures can only go on from there.
+        """
+        ids, spans = asked.prompt.ids, asked.prompt.spans
+        soft = self._soft_tokens(asked, clock, reuse, session.length)
+        keeps = spans and reuse.keeps_states and session.evicts(len(ids))
+        behind = spans[-1].start + spans[-1].length if keeps else 0
+        logits = np.empty(0, np.float32)
+        for stop in sorted({behind, len(ids)}):
+            if stop <= session.length:
+                continue
+            with clock.stage("prefill"):
+                with self._turn:
+                    self._require_open()
+                    logits = session.prefill(ids[:stop], soft, chunk=chunk, first=session.length)
+                reuse.keep(session, keys)
+        return logits
 
     def _extend(self, session: Session, chunk: int, tokens: Sequence[int]) -> np.ndarray:
         """Run tokens of a reply, at most `chunk` at once; returns the logits that follow them."""
@@ -348,64 +379,23 @@ class Engine:
     def _reply(
         self,
         candidates: list[Candidate],
-        prompt: Prompt,
-        pictures: list[PreparedPicture],
+        asked: SeenPrompt,
         effective: Effective,
         clock: StageClock,
+        cached: int,
     ) -> Reply:
         return Reply(
             candidates=tuple(candidates),
-            prompt_token_ids=tuple(prompt.ids.tolist()),
+            prompt_token_ids=tuple(asked.prompt.ids.tolist()),
             usage=Usage(
-                prompt_tokens=len(prompt.ids),
+                prompt_tokens=len(asked.prompt.ids),
                 completion_tokens=sum(len(candidate.token_ids) for candidate in candidates),
                 forced_tokens=sum(candidate.forced_tokens for candidate in candidates),
-                by_modality=_by_modality(prompt, pictures),
+                by_modality=count_by_modality(asked.prompt, asked.pictures),
+                cached_tokens=cached,
             ),
             timings=clock.timings(),
             sampling=effective,
             device=str(self.runtime.device),
             providers=self.runtime.providers,
         )
-
-    @property
-    def _identity(self) -> str:
-        """What soft tokens depend on."""
-        return "".join(
-            self.manifest.files[name].sha256 for name in ("vision", "weights") if name in self.manifest.files
-        )
-
-    def _image_facts(self, name: str) -> ImageFacts:
-        if self.manifest.image is None:
-            raise PromptError(
-                f"{name}: this bundle has no vision input (modalities: {', '.join(self.manifest.modalities)})"
-            )
-        return self.manifest.image
-
-
-def _without_media(prompt: Prompt, vocabulary: int) -> np.ndarray:
-    """The tokens of a prompt without soft tokens, each once: int64 [m]."""
-    is_text = np.ones(len(prompt.ids), np.bool_)
-    for span in prompt.spans:
-        is_text[span.start : span.start + span.length] = False
-    ids = np.unique(prompt.ids[is_text])
-    return ids[ids < vocabulary]
-
-
-def _by_modality(prompt: Prompt, pictures: list[PreparedPicture]) -> dict[str, int]:
-    """Prompt tokens by modality; "document" is there only for prompts with one."""
-    counts = {"text": len(prompt.ids), "image": 0}
-    for span in prompt.spans:
-        modality = pictures[span.media_index].modality
-        counts[modality] = counts.get(modality, 0) + span.length
-        counts["text"] -= span.length
-    return counts
-
-
-def _load_template(bundle: Bundle) -> ChatTemplate | None:
-    if "chat_template" not in bundle.manifest.files:
-        return None
-    try:
-        return ChatTemplate(bundle.path("chat_template").read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        raise BundleError(f"the chat template is not UTF-8: {error}") from None

@@ -26,13 +26,15 @@ class EncodedImage:
 
     `soft_tokens` is float32 [n, D]; `size` is (height, width) of the upright image in pixels, or of the page in points;
     `bundle` is the weights' SHA-256 of the bundle that made it, because soft tokens of one model mean nothing to
-    another; `modality` is "image" or "document".
+    another; `modality` is "image" or "document"; `content` is the key of what the vision tower saw. `soft_tokens` are
+    not to be written to: caches hold them too.
     """
 
     soft_tokens: np.ndarray
     size: tuple[int, int]
     bundle: str
     modality: str = "image"
+    content: bytes = b""
 
     def __len__(self) -> int:
         """Number of soft tokens."""

@@ -167,6 +167,10 @@ class Session:
     def state_bytes(self) -> int:
         return self._state.nbytes
 
+    def evicts(self, length: int) -> bool:
+        """Whether a state of this length can no more be cut back."""
+        return self._state.evicts(length)
+
     def snapshot(self) -> Snapshot:
         """A copy of the state, to go on from here another time."""
         return self._state.snapshot()

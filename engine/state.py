@@ -95,10 +95,14 @@ class DecoderState:
                 grown[:, :, : self.length] = self._buffers[pair.input][:, :, : self.length]
                 self._buffers[pair.input] = grown
 
+    def evicts(self, length: int) -> bool:
+        """Whether a window buffer will have evicted when the state has this length."""
+        return length > self._evicts_beyond
+
     def advance(self, tokens: int) -> None:
         """A run has appended `tokens`."""
         self.length += tokens
-        if self.length > self._evicts_beyond:
+        if self.evicts(self.length):
             self._shortest = self.length
 
     def fail(self, tokens: int) -> None:
@@ -106,7 +110,7 @@ class DecoderState:
 
         The state is as before, unless a window buffer would have evicted: then it cannot be used any more.
         """
-        self._lost = self.length + tokens > self._evicts_beyond
+        self._lost = self.evicts(self.length + tokens)
 
     def truncate(self, length: int) -> None:
         """Cut back to the first `length` tokens. Raises ValueError, changing nothing, if they are not all there."""

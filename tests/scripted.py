@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from siglance.engine import Bundle, Engine
+from siglance.engine.reuse import NO_REUSE
 from siglance.engine.runtime import SoftTokens
 from siglance.engine.self_test import formula_picture
 
@@ -36,12 +37,12 @@ class ScriptedRuntime:
         self.extended: list[list[int]] = []  # the tokens of each step
         self.ids: list[int] = []
         self.soft: list[SoftTokens] = []
-        self._hidden = real.hidden
+        self.hidden = real.hidden
 
     def encode(self, patches: np.ndarray, positions: np.ndarray, soft_tokens: int) -> np.ndarray:
         """Soft tokens that all hold the mean of the picture, so that pictures can be told apart."""
         self.encodes += 1
-        return np.full((soft_tokens, self._hidden), patches.mean(), np.float32)
+        return np.full((soft_tokens, self.hidden), patches.mean(), np.float32)
 
     def session(self) -> _ScriptedSession:
         return _ScriptedSession(self)
@@ -62,7 +63,12 @@ class _ScriptedSession:
         self.length = self.run = 0
         self._runtime = runtime
 
-    def prefill(self, ids: np.ndarray, soft: Sequence[SoftTokens] = (), *, chunk: int = 1) -> np.ndarray:
+    def evicts(self, length: int) -> bool:
+        return False
+
+    def prefill(
+        self, ids: np.ndarray, soft: Sequence[SoftTokens] = (), *, chunk: int = 1, first: int = 0
+    ) -> np.ndarray:
         runtime = self._runtime
         runtime.prefills += 1
         runtime.ids, runtime.soft = ids.tolist(), list(soft)
@@ -85,10 +91,11 @@ class _ScriptedSession:
 
 
 def scripted(engine: Engine, script: Sequence[int], **faults: dict) -> tuple[Engine, ScriptedRuntime]:
-    """A copy of `engine` that runs `script`, and its runtime to look into."""
+    """A copy of `engine` that runs `script` and caches nothing, and its runtime to look into."""
     runtime = ScriptedRuntime(engine.runtime, script, **faults)
     double = copy.copy(engine)
     double._runtime = runtime
+    double._reuse = NO_REUSE
     return double, runtime
 
 

@@ -93,7 +93,7 @@ def test_soft_tokens_that_are_not_finite(engine, expected, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(engine.runtime.vision, "run", overflown)
         with pytest.raises(ModelOutputError, match="not finite"):
-            engine.generate([picture(1), "what?"], **SMALL)
+            engine.generate([picture(7), "what?"], **SMALL)
     check_untouched(engine, expected)
 
 

@@ -1,0 +1,151 @@
+"""What comes in, as the path needs it: media read and laid out, conversations turned into prompts.
+
+Everything about a request that can be refused is refused here, before a graph runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from .bundle import Bundle
+from .errors import BundleError, ContextFull, InputError, PromptError
+from .limits import Limits
+from .manifest import Manifest
+from .media import read_media
+from .parts import Conversation, Image, Pdf, turns_of
+from .pictures import PreparedPicture, assign_spans, lay_out
+from .prompt import Message, Prompt, PromptBuilder, Text, sole_turn
+from .reply import EncodedImage, StageClock
+from .template import ChatTemplate
+
+__all__ = ["ReadTurn", "Reader", "count_by_modality", "text_ids", "tower_identity"]
+
+ReadTurn = tuple[str, list[Text | PreparedPicture]]
+"""The role of a turn and its parts, a document as one picture for each page."""
+
+
+class Reader:
+    """Reads requests to one bundle.
+
+    From here on `tokenizer` encodes spellings of control tokens as text, see `PromptBuilder`. Raises BundleError.
+    """
+
+    def __init__(self, bundle: Bundle, tokenizer: Tokenizer, limits: Limits):
+        self._manifest = bundle.manifest
+        self._limits = limits
+        template = _load_template(bundle)
+        crops = None if self._manifest.image is None else self._manifest.image.pan_and_scan
+        self._prompts = PromptBuilder(tokenizer, self._manifest.prompt, template, crops)
+        self.has_roles = template is not None and self._manifest.prompt.layout == "inline"
+        self._raw_only = template is None and self._manifest.prompt.layout == "inline"
+
+    def read(
+        self,
+        conversation: Conversation,
+        clock: StageClock,
+        *,
+        system: str | None = None,
+        image_tokens: int | None = None,
+        pan_and_scan: bool = False,
+    ) -> list[ReadTurn]:
+        """The turns of a conversation with all media read. Raises InputError."""
+        if pan_and_scan and (self._manifest.image is None or self._manifest.image.pan_and_scan is None):
+            raise InputError("pan_and_scan: the model of this bundle does not see pictures in crops")
+        turns: list[ReadTurn] = []
+        attached = 0
+        for role, parts in turns_of(conversation, system):
+            read: list[Text | PreparedPicture] = []
+            for part in parts:
+                if isinstance(part, Text):
+                    read.append(part)
+                    continue
+                attached += 1
+                read += self.read_media(part, clock, image_tokens, pan_and_scan, attached)
+            turns.append((role, read))
+        return turns
+
+    def prompt(
+        self, turns: Sequence[ReadTurn], *, raw: bool = False, prompt_ids: Sequence[int] | None = None
+    ) -> tuple[list[PreparedPicture], Prompt]:
+        """All pictures in their order, and the prompt. Raises PromptError and ContextFull."""
+        pictures = [part for _, parts in turns for part in parts if isinstance(part, PreparedPicture)]
+        messages = [
+            Message(role, [part.medium if isinstance(part, PreparedPicture) else part for part in parts])
+            for role, parts in turns
+        ]
+        if prompt_ids is not None:
+            prompt = self._from_ids(prompt_ids, messages, pictures)
+        elif raw or self._raw_only:
+            prompt = self._prompts.raw(sole_turn(messages))
+        else:
+            prompt = self._prompts.chat(messages)
+        if len(prompt.ids) > self._manifest.context:
+            raise ContextFull(len(prompt.ids), self._manifest.context)
+        return pictures, prompt
+
+    def read_media(
+        self,
+        part: Image | Pdf | EncodedImage,
+        clock: StageClock,
+        image_tokens: int | None,
+        pan_and_scan: bool = False,
+        number: int = 1,
+    ) -> list[PreparedPicture]:
+        """Read attachment `number`, counted from 1, and lay it out: one picture, or one for each page of a document."""
+        if self._manifest.image is None:
+            raise PromptError(
+                f"{'document' if isinstance(part, Pdf) else 'image'} {number}: this bundle has no vision input "
+                f"(modalities: {', '.join(self._manifest.modalities)})"
+            )
+        if isinstance(part, EncodedImage):
+            if part.bundle != tower_identity(self._manifest):
+                raise InputError(f"image {number} was encoded by another bundle")
+            if pan_and_scan:
+                raise InputError(f"image {number} is encoded already, it cannot be shown in crops (pan_and_scan)")
+            return [PreparedPicture(encoded=part)]
+        with clock.stage("decode_file"):
+            sources = read_media(part, number, self._limits)
+        budget = image_tokens if part.tokens is None else part.tokens
+        return [lay_out(source, self._manifest.image, budget, pan_and_scan=pan_and_scan) for source in sources]
+
+    def _from_ids(self, ids: Sequence[int], messages: list[Message], pictures: list[PreparedPicture]) -> Prompt:
+        texts = [part.text for message in messages for part in message.parts if isinstance(part, Text)]
+        if any(texts):
+            raise PromptError("a prompt given as ids cannot have text beside it")
+        return assign_spans(self._prompts.from_ids(ids), pictures)
+
+
+def tower_identity(manifest: Manifest) -> str:
+    """What soft tokens depend on besides the picture: SHA-256 of the vision graph and of the weights."""
+    return "".join(manifest.files[name].sha256 for name in ("vision", "weights") if name in manifest.files)
+
+
+def text_ids(prompt: Prompt, vocabulary: int) -> np.ndarray:
+    """The tokens of a prompt without soft tokens, each once: int64 [m]."""
+    is_text = np.ones(len(prompt.ids), np.bool_)
+    for span in prompt.spans:
+        is_text[span.start : span.start + span.length] = False
+    ids = np.unique(prompt.ids[is_text])
+    return ids[ids < vocabulary]
+
+
+def count_by_modality(prompt: Prompt, pictures: Sequence[PreparedPicture]) -> dict[str, int]:
+    """Prompt tokens by modality; "document" is there only for prompts with one."""
+    counts = {"text": len(prompt.ids), "image": 0}
+    for span in prompt.spans:
+        modality = pictures[span.media_index].modality
+        counts[modality] = counts.get(modality, 0) + span.length
+        counts["text"] -= span.length
+    return counts
+
+
+def _load_template(bundle: Bundle) -> ChatTemplate | None:
+    if "chat_template" not in bundle.manifest.files:
+        return None
+    try:
+        return ChatTemplate(bundle.path("chat_template").read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise BundleError(f"the chat template is not UTF-8: {error}") from None

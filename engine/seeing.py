@@ -1,0 +1,75 @@
+"""A prompt with its pictures as the vision tower is given them, and what the tower says about them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..kernels.patches import Patches
+from .feature_cache import content_key
+from .manifest import ImageFacts
+from .pictures import PreparedPicture
+from .prefix_cache import SoftRows, row_keys
+from .prompt import Prompt
+from .reply import StageClock
+
+__all__ = ["SeenPrompt", "SeenView", "see", "see_all"]
+
+
+@dataclass(slots=True, eq=False)
+class SeenView:
+    """A view as the vision tower is given it; `soft_tokens` float32 [length, D] once they are known.
+
+    `content` is the key of what is seen: equal for equal patches, whatever file they came from.
+    """
+
+    length: int
+    content: bytes
+    patches: Patches | None = None
+    soft_tokens: np.ndarray | None = None
+
+    def resolve(self, soft_tokens: np.ndarray) -> np.ndarray:
+        """Remember the answer; the patches are not needed any more."""
+        self.soft_tokens, self.patches = soft_tokens, None
+        return soft_tokens
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SeenPrompt:
+    """A prompt, its pictures, and the view of each of its spans."""
+
+    prompt: Prompt
+    pictures: Sequence[PreparedPicture]
+    views: Sequence[SeenView]
+
+    def row_keys(self) -> np.ndarray:
+        """What the rows are known by in the cache: int64 [L]."""
+        spans = zip(self.prompt.spans, self.views, strict=True)
+        return row_keys(self.prompt.ids, [SoftRows(span.start, span.length, view.content) for span, view in spans])
+
+
+def see(picture: PreparedPicture, view: int, facts: ImageFacts | None, clock: StageClock) -> SeenView:
+    """Draw a page if it is one, resize and cut into patches. A picture that is encoded already is its soft tokens."""
+    if picture.encoded is not None:
+        values = picture.encoded.soft_tokens
+        # Made by hand it may have no key: then its values are what it is known by.
+        content = picture.encoded.content or hashlib.blake2b(values.tobytes(), digest_size=32).digest()
+        return SeenView(len(values), content, soft_tokens=values)
+    assert facts is not None
+    with clock.stage("decode_file"):
+        pixels = picture.pixels(view)
+    with clock.stage("resize"):
+        patches = picture.patches(view, pixels, facts)
+        return SeenView(picture.soft_tokens[view], content_key(patches), patches)
+
+
+def see_all(
+    prompt: Prompt, pictures: Sequence[PreparedPicture], facts: ImageFacts | None, clock: StageClock
+) -> SeenPrompt:
+    """The prompt with all its views."""
+    return SeenPrompt(
+        prompt, pictures, [see(pictures[span.media_index], span.view, facts, clock) for span in prompt.spans]
+    )
