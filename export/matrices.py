@@ -165,14 +165,18 @@ def _product(
     """x [..., in] times the transpose of the matrix `read` or `ready` gives, [out, in]: float32 [..., out]."""
     name = key.rsplit(".", 2)[-2]
     if storage.bits == 32:
-        matrix = graph.weight(f"{key}.transposed", shape[::-1], lambda: [read().T])
+
+        def floats() -> Iterator[np.ndarray]:
+            yield read().T
+
+        matrix = graph.weight(f"{key}.transposed", shape[::-1], floats)
         return graph.op("MatMul", to_float(graph, x), matrix, name=name)
     if storage.bits == 16:
 
-        def halves() -> list[np.ndarray]:
+        def halves() -> Iterator[np.ndarray]:
             matrix = read()
             graph.record(key, _largest_row(matrix))
-            return [_as_half(key, matrix.T)]
+            yield _as_half(key, matrix.T)
 
         matrix = graph.weight(f"{key}.transposed", shape[::-1], halves, FLOAT16)
         return _half_product(graph, x, key, lambda half: graph.op("MatMul", half, matrix, name=name))
