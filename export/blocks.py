@@ -37,6 +37,7 @@ from .matrices import (
     logits,
     lookup,
     scalar,
+    stack_product,
     table,
     to_float,
 )
@@ -67,6 +68,7 @@ __all__ = [
     "shared_attention",
     "shared_rows",
     "split_heads",
+    "stack_product",
     "table",
     "take_rows",
     "to_float",

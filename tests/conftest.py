@@ -12,7 +12,7 @@ from siglance.engine.bundle import Bundle
 from siglance.engine.runtime import Runtime
 from siglance.export.exporter import export
 
-from . import tiny, tiny_siglip
+from . import tiny, tiny_gemma4_large, tiny_siglip
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,8 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., TinyMo
             folder = tmp_path_factory.mktemp(family)
             checkpoint = folder / "checkpoint"
             name = f"write_{family}"
-            getattr(tiny if hasattr(tiny, name) else tiny_siglip, name)(checkpoint, **arguments)
+            writers = {**vars(tiny_siglip), **vars(tiny_gemma4_large), **vars(tiny)}
+            writers[name](checkpoint, **arguments)
             export(checkpoint, folder / "bundle")
             bundle = Bundle.open(folder / "bundle")
             made[key] = TinyModel(checkpoint, bundle, Runtime(bundle))

@@ -1,4 +1,7 @@
-"""Configuration of Gemma 4: config.json -> the facts that the graphs need."""
+"""Configuration of Gemma 4: config.json -> the facts that the graphs need.
+
+Defaults are those of transformers' Gemma4Config and Gemma4UnifiedConfig: published files leave out what equals them.
+"""
 
 from __future__ import annotations
 
@@ -8,18 +11,33 @@ from typing import Any
 from ...engine.errors import ExportError
 from . import ConfigReader
 
-__all__ = ["Config", "LayerFacts", "TextConfig", "VisionConfig", "read"]
+__all__ = ["Config", "ExpertFacts", "LayerFacts", "PatchConfig", "TextConfig", "VisionConfig", "read", "read_unified"]
+
+SLIDING, FULL = "sliding_attention", "full_attention"
 
 
 @dataclass(frozen=True, slots=True)
 class LayerFacts:
-    """One decoder layer. `owns_state` is false for layers that read the keys and values of an earlier one."""
+    """One decoder layer. `owns_state` is false for layers that read the keys and values of an earlier one.
+
+    `value_is_key` layers have no value projection: their values are the projected keys, normed but not rotated.
+    """
 
     windowed: bool
     head_size: int
     key_value_heads: int
     intermediate: int
     owns_state: bool
+    value_is_key: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertFacts:
+    """The experts beside the MLP of every layer: how many, how many of them a token uses, and their width."""
+
+    count: int
+    used: int
+    intermediate: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +57,8 @@ class TextConfig:
     soft_cap: float | None
     padding_id: int
     tied: bool
+    image_blocks: bool  # in windowed layers the soft tokens of a picture see each other
+    experts: ExpertFacts | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,99 +77,213 @@ class VisionConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class PatchConfig:
+    """Pictures without a tower (12B): one linear layer over raw patches of patch * pool pixels a side."""
+
+    hidden: int
+    patch: int
+    pool: int
+    table: int  # positions per axis
+
+
+@dataclass(frozen=True, slots=True)
 class Config:
     text: TextConfig
-    vision: VisionConfig | None
+    vision: VisionConfig | PatchConfig | None
     media_ids: dict[str, int]  # placeholder ids: image, video, audio
     has_audio: bool
 
 
 def read(values: dict[str, Any]) -> Config:
-    """Read config.json of Gemma4ForConditionalGeneration; defaults are those of transformers' Gemma4Config."""
+    """Read config.json of Gemma4ForConditionalGeneration, or of Gemma4ForCausalLM, which is the text part alone."""
     reader = ConfigReader(values)
-    vision = reader.optional("vision_config")
+    media_ids = _read_media_ids(reader)
+    if values.get("model_type") == "gemma4_text":
+        text = _read_text(reader, reader.flag("tie_word_embeddings", True), has_image=False)
+        return Config(text=text, vision=None, media_ids=media_ids, has_audio=False)
+    has_image = reader.optional("vision_config") is not None
+    tied = reader.flag("tie_word_embeddings", True)
     return Config(
-        text=_read_text(reader.section("text_config"), reader.flag("tie_word_embeddings", True)),
-        vision=None if vision is None else _read_vision(reader.section("vision_config")),
-        media_ids={
-            "image": reader.integer("image_token_id", 258880),
-            "video": reader.integer("video_token_id", 258884),
-            "audio": reader.integer("audio_token_id", 258881),
-        },
+        text=_read_text(reader.section("text_config"), tied, has_image=has_image),
+        vision=_read_vision(reader.section("vision_config")) if has_image else None,
+        media_ids=media_ids,
         has_audio=reader.optional("audio_config") is not None,
     )
 
 
-def _read_text(reader: ConfigReader, tied: bool) -> TextConfig:
-    reader.expect("hidden_activation", (None, "gelu_pytorch_tanh"))
-    reader.expect("attention_bias", (None, False))
-    reader.expect("enable_moe_block", (None, False))
-    reader.expect("attention_k_eq_v", (None, False))
-    reader.expect("use_bidirectional_attention", (None, False))
-    reader.expect_epsilon(1e-6)
-    ropes = reader.section("rope_parameters")
-    local, everywhere = ropes.section("sliding_attention"), ropes.section("full_attention")
-    local.expect("rope_type", (None, "default"))
-    everywhere.expect("rope_type", (None, "default", "proportional"))
-    proportional = everywhere.optional("rope_type") == "proportional"
-    layers = _read_layers(reader)
-    owners = sum(layer.owns_state for layer in layers)
-    soft_cap = reader.optional("final_logit_softcapping")
-    return TextConfig(
-        hidden=reader.integer("hidden_size", 2304),
-        heads=reader.integer("num_attention_heads", 8),
-        vocabulary=reader.integer("vocab_size", 262144),
-        context=reader.integer("max_position_embeddings", 131072),
-        window=reader.integer("sliding_window", 512),
-        layers=layers,
-        owners=owners,
-        per_layer=reader.integer("hidden_size_per_layer_input", 256),
-        per_layer_vocabulary=reader.integer("vocab_size_per_layer_input", 262144),
-        local_theta=local.number("rope_theta", 10_000.0),
-        global_theta=everywhere.number("rope_theta", 1_000_000.0),
-        global_partial=everywhere.number("partial_rotary_factor", 1.0) if proportional else None,
-        soft_cap=None if soft_cap is None else float(soft_cap),
-        padding_id=reader.integer("pad_token_id", 0),
-        tied=tied,
+def read_unified(values: dict[str, Any]) -> Config:
+    """Read config.json of Gemma4UnifiedForConditionalGeneration or of Gemma4UnifiedForCausalLM."""
+    reader = ConfigReader(values)
+    tied, media_ids = reader.flag("tie_word_embeddings", True), _read_media_ids(reader)
+    if values.get("model_type") == "gemma4_unified_text":
+        text = _read_text(reader, tied, has_image=False, unified=True)
+        return Config(text=text, vision=None, media_ids=media_ids, has_audio=False)
+    has_image = reader.optional("vision_config") is not None
+    return Config(
+        text=_read_text(reader.section("text_config"), tied, has_image=has_image, unified=True),
+        vision=_read_patches(reader.section("vision_config")) if has_image else None,
+        media_ids=media_ids,
+        has_audio=reader.optional("audio_config") is not None,
     )
 
 
-def _read_layers(reader: ConfigReader) -> tuple[LayerFacts, ...]:
-    """Per-layer facts. Global layers have their own head size, in `per_layer_config` or the older `global_head_dim`."""
+def _read_media_ids(reader: ConfigReader) -> dict[str, int]:
+    """Ids of the placeholders of media; a text-only configuration has none of its own."""
+    defaults = {"image": 258880, "video": 258884, "audio": 258881}
+    return {name: reader.integer(f"{name}_token_id", default) for name, default in defaults.items()}
+
+
+def _read_text(reader: ConfigReader, tied: bool, *, has_image: bool, unified: bool = False) -> TextConfig:
+    """The decoder. `unified` has the defaults of Gemma4UnifiedTextConfig, which knows neither per-layer inputs nor
+    experts."""
+    reader.expect("hidden_activation", (None, "gelu_pytorch_tanh"))
+    reader.expect("attention_bias", (None, False))
+    if unified:
+        reader.expect("enable_moe_block", (None, False))
+        reader.expect("hidden_size_per_layer_input", (None, 0))
+    reader.expect("use_bidirectional_attention", (None, False, "vision"))
+    reader.expect_epsilon(1e-6)
+    bidirectional = reader.values.get("use_bidirectional_attention", "vision" if unified else None)
+    layers = _read_layers(reader)
+    owners = sum(layer.owns_state for layer in layers)
+    image_blocks = has_image and bidirectional == "vision"
+    if image_blocks and owners < len(layers):
+        raise ExportError(
+            f"{reader.where}: num_kv_shared_layers = {len(layers) - owners} is not supported beside"
+            " use_bidirectional_attention = 'vision'"
+        )
+    for windowed in (True, False):
+        sizes = sorted({layer.head_size for layer in layers if layer.windowed == windowed})
+        if len(sizes) > 1:
+            kind = SLIDING if windowed else FULL
+            raise ExportError(f"{reader.where}: head_dim must be the same in all {kind} layers, not {sizes}")
+    local_theta, global_theta, global_partial = _read_ropes(reader)
+    soft_cap = reader.optional("final_logit_softcapping")
+    heads = reader.integer("num_attention_heads", 8)
+    for layer in layers:
+        if layer.key_value_heads < 1 or heads % layer.key_value_heads:
+            raise ExportError(
+                f"{reader.where}: num_attention_heads = {heads} is no multiple of num_key_value_heads = "
+                f"{layer.key_value_heads}"
+            )
+    return TextConfig(
+        hidden=reader.integer("hidden_size", 2304),
+        heads=heads,
+        vocabulary=reader.integer("vocab_size", 262144),
+        context=reader.integer("max_position_embeddings", 262144 if unified else 131072),
+        window=reader.integer("sliding_window", 1024 if unified else 512),
+        layers=layers,
+        owners=owners,
+        per_layer=0 if unified else reader.integer("hidden_size_per_layer_input", 256),
+        per_layer_vocabulary=reader.integer("vocab_size_per_layer_input", 262144),
+        local_theta=local_theta,
+        global_theta=global_theta,
+        global_partial=global_partial,
+        soft_cap=None if soft_cap is None else reader.number("final_logit_softcapping"),
+        padding_id=reader.integer("pad_token_id", 0),
+        tied=tied,
+        image_blocks=image_blocks,
+        experts=_read_experts(reader),
+    )
+
+
+def _read_experts(reader: ConfigReader) -> ExpertFacts | None:
+    if not reader.flag("enable_moe_block", False):
+        return None
+    keys = ("num_experts", "top_k_experts", "moe_intermediate_size")
+    count, used, intermediate = (reader.integer(key) for key in keys)
+    if not 1 <= used <= count:
+        raise ExportError(f"{reader.where}: top_k_experts = {used} must be from 1 to num_experts = {count}")
+    return ExpertFacts(count, used, intermediate)
+
+
+def _read_ropes(reader: ConfigReader) -> tuple[float, float, float | None]:
+    """Base of the sliding layers, base of the global layers, and the share of the pairs that rotate in those."""
+    if reader.optional("rope_parameters") is None:
+        return 10_000.0, 1_000_000.0, 0.25
+    ropes = reader.section("rope_parameters")
+    local, everywhere = ropes.section(SLIDING), ropes.section(FULL)
+    local.expect("rope_type", (None, "default"))
+    everywhere.expect("rope_type", (None, "default", "proportional"))
+    proportional = everywhere.optional("rope_type") == "proportional"
+    for rope in (local, everywhere):
+        rope.expect("factor", (None, 1, 1.0))
+    return (
+        local.number("rope_theta", 10_000.0),
+        everywhere.number("rope_theta", 1_000_000.0),
+        everywhere.number("partial_rotary_factor", 1.0) if proportional else None,
+    )
+
+
+def _read_kinds(reader: ConfigReader) -> list[str]:
+    """Kind of every layer; the last one is global whatever the list says (Gemma4TextConfig.__post_init__)."""
     count = reader.integer("num_hidden_layers", 30)
-    kinds = reader.strings("layer_types", [])
-    if not kinds:
-        kinds = ["full_attention" if (index + 1) % 6 == 0 else "sliding_attention" for index in range(count)]
-        kinds[-1] = "full_attention"
-    unknown = sorted(set(kinds) - {"sliding_attention", "full_attention"})
+    kinds = reader.strings("layer_types", []) or [FULL if (index + 1) % 6 == 0 else SLIDING for index in range(count)]
+    unknown = sorted({str(kind) for kind in kinds} - {SLIDING, FULL})
     if unknown or len(kinds) != count:
         raise ExportError(
             f"{reader.where}: layer_types must have {count} known entries, has {len(kinds)}; unknown: {unknown}"
         )
-    overrides = {int(index): value for index, value in (reader.optional("per_layer_config") or {}).items()}
-    global_size = reader.integer("global_head_dim", 512)
-    owners = count - reader.integer("num_kv_shared_layers", 0)
+    return [*kinds[:-1], FULL]
+
+
+def _read_layers(reader: ConfigReader) -> tuple[LayerFacts, ...]:
+    """Per-layer facts.
+
+    Global layers have their own head size and, with `attention_k_eq_v`, their own number of key/value heads: in
+    `per_layer_config`, or in the older `global_head_dim` and `num_global_key_value_heads`.
+    """
+    kinds = _read_kinds(reader)
+    sharers = reader.integer("num_kv_shared_layers", 0)
+    if not 0 <= sharers < len(kinds):
+        raise ExportError(f"{reader.where}: num_kv_shared_layers = {sharers} of {len(kinds)} layers is not possible")
+    owners = len(kinds) - sharers
     missing = set(kinds[owners:]) - set(kinds[:owners])
     if missing:
         raise ExportError(
             f"{reader.where}: layers from {owners} on share keys and values, but no layer before owns {sorted(missing)}"
         )
+    value_is_key = reader.flag("attention_k_eq_v", False)
+    head_size, key_value_heads = reader.integer("head_dim", 256), reader.integer("num_key_value_heads", 4)
+    overrides = _read_overrides(reader, len(kinds))
+    if overrides is None:
+        older = {"head_dim": reader.integer("global_head_dim", 512)}
+        if value_is_key:
+            older["num_key_value_heads"] = reader.integer("num_global_key_value_heads", key_value_heads)
+        override = ConfigReader(older, reader.where)
+        overrides = {index: override for index, kind in enumerate(kinds) if kind == FULL}
     layers = []
     for index, kind in enumerate(kinds):
-        windowed, owns = kind == "sliding_attention", index < owners
-        size = reader.integer("head_dim", 256) if windowed or overrides else global_size
-        override = ConfigReader(overrides.get(index, {}), f"{reader.where}: per_layer_config {index}")
-        wide = 2 if reader.flag("use_double_wide_mlp", False) and not owns else 1
+        own = overrides.get(index, ConfigReader({}, reader.where))
+        wide = 2 if reader.flag("use_double_wide_mlp", False) and index >= owners else 1
         layers.append(
             LayerFacts(
-                windowed=windowed,
-                head_size=override.integer("head_dim", size),
-                key_value_heads=override.integer("num_key_value_heads", reader.integer("num_key_value_heads", 4)),
-                intermediate=override.integer("intermediate_size", reader.integer("intermediate_size", 9216)) * wide,
-                owns_state=owns,
+                windowed=kind == SLIDING,
+                head_size=own.integer("head_dim", head_size),
+                key_value_heads=own.integer("num_key_value_heads", key_value_heads),
+                intermediate=own.integer("intermediate_size", reader.integer("intermediate_size", 9216)) * wide,
+                owns_state=index < owners,
+                value_is_key=value_is_key and kind == FULL,
             )
         )
     return tuple(layers)
+
+
+def _read_overrides(reader: ConfigReader, count: int) -> dict[int, ConfigReader] | None:
+    """`per_layer_config`: layer number (as text) -> its own values; None for configurations without it."""
+    if reader.optional("per_layer_config") is None:
+        return None
+    section = reader.section("per_layer_config")
+    overrides = {}
+    for key in section.values:
+        if not key.isdecimal() or int(key) >= count:
+            raise ExportError(f"{section.where}: {key!r} is not the number of one of the {count} layers")
+        layer = section.section(key)
+        unknown = sorted(set(layer.values) - {"head_dim", "num_key_value_heads", "intermediate_size"})
+        if unknown:
+            raise ExportError(f"{layer.where}: {', '.join(map(repr, unknown))} cannot differ between layers")
+        overrides[int(key)] = layer
+    return overrides
 
 
 def _read_vision(reader: ConfigReader) -> VisionConfig:
@@ -158,7 +292,8 @@ def _read_vision(reader: ConfigReader) -> VisionConfig:
     reader.expect_epsilon(1e-6)
     heads = reader.integer("num_attention_heads", 12)
     reader.expect("num_key_value_heads", (heads, *((None,) if heads == 12 else ())))
-    rope = reader.optional("rope_parameters") or {}
+    rope = ConfigReader(reader.optional("rope_parameters") or {}, f"{reader.where}: rope_parameters")
+    rope.expect("rope_type", (None, "default", "axial"))
     return VisionConfig(
         hidden=reader.integer("hidden_size", 768),
         layers=reader.integer("num_hidden_layers", 16),
@@ -168,7 +303,19 @@ def _read_vision(reader: ConfigReader) -> VisionConfig:
         patch=reader.integer("patch_size", 16),
         pool=reader.integer("pooling_kernel_size", 3),
         table=reader.integer("position_embedding_size", 10240),
-        theta=float(rope.get("rope_theta", 100.0)),
+        theta=rope.number("rope_theta", 100.0),
         clipped=reader.flag("use_clipped_linears", False),
         standardize=reader.flag("standardize", False),
+    )
+
+
+def _read_patches(reader: ConfigReader) -> PatchConfig:
+    reader.expect_epsilon(1e-6)
+    hidden = reader.integer("mm_embed_dim", 3840)
+    reader.expect("output_proj_dims", (hidden, *((None,) if hidden == 3840 else ())))
+    return PatchConfig(
+        hidden=hidden,
+        patch=reader.integer("patch_size", 16),
+        pool=reader.integer("pooling_kernel_size", 3),
+        table=reader.integer("mm_posemb_size", 1120),
     )

@@ -21,7 +21,7 @@ __all__ = ["build_vision"]
 def build_vision(graph: GraphBuilder, weights: Weights, config: Config, options: ExportOptions) -> None:
     """patches uint8 [n, 3 p p] and positions int64 [n, 2], block-major -> soft_tokens [n / k^2, D]."""
     vision = config.vision
-    assert vision is not None
+    assert isinstance(vision, VisionConfig)
     patches = graph.input("patches", UINT8, ["patches", 3 * vision.patch**2])
     positions = graph.input("positions", INT64, ["patches", 2])
     columns, rows = (
