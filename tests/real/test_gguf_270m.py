@@ -149,7 +149,7 @@ def test_the_bundle_is_that_of_the_folder(file, folder, tmp_path):
 
 
 def test_kept_blocks_answer_as_the_dequantised_model(file, tmp_path):
-    """The default precision of a GGUF file. Products of 8-bit blocks round their inputs: logits are close, not equal."""
+    """The default precision of a GGUF file. Products of 8-bit blocks round their inputs, so logits are only close."""
     export(file, tmp_path / "bundle")
     with Engine.open(tmp_path / "bundle") as engine:
         assert engine.bundle.manifest.precision == "keep"
