@@ -3,6 +3,7 @@
 from . import errors
 from .boxes import Box
 from .bundle import Bundle
+from .chat import Chat
 from .engine import Engine
 from .errors import SiglanceError
 from .grammar import Grammar
@@ -16,6 +17,7 @@ from .sampling import Sampling
 __all__ = [
     "Box",
     "Bundle",
+    "Chat",
     "Candidate",
     "Chunk",
     "EncodedImage",

@@ -15,6 +15,7 @@ import numpy as np
 
 from .boxes import TEXT_TOKENS, parse_boxes
 from .bundle import Bundle
+from .chat import Chat
 from .decoding import Decoding, Rules, check_positive, make_rules
 from .errors import InputError
 from .grammar import Constraints, Grammar
@@ -122,8 +123,9 @@ class Engine:
         self.close()
 
     def close(self) -> None:
-        """Free the graphs. The engine cannot be used afterwards; a stream that is not at its end fails."""
+        """Free the graphs and caches. The engine cannot be used afterwards; a stream that is not at its end fails."""
         self._runtime = None
+        self._reuse.clear()
 
     @property
     def runtime(self) -> Runtime:
@@ -212,6 +214,23 @@ class Engine:
 
     generate = whole_reply(stream)
 
+    def chat(
+        self,
+        *,
+        system: str | None = None,
+        sampling: Sampling | None = None,
+        max_tokens: int = DEFAULT_MAX_TOKENS,
+        image_tokens: int | None = None,
+        cache: bool = True,
+    ) -> Chat:
+        """A conversation that remembers its turns. The options are those of `stream`, for every turn.
+
+        Raises PromptError for a bundle without a chat template.
+        """
+        return Chat(
+            self, system=system, sampling=sampling, max_tokens=max_tokens, image_tokens=image_tokens, cache=cache
+        )
+
     def encode(self, image: ImageInput, *, image_tokens: int | None = None) -> EncodedImage:
         """Run the vision tower once, to ask many questions about one picture: the whole of it, never crops."""
         [(_, [part])] = turns_of([image], None)
@@ -221,7 +240,7 @@ class Engine:
         pictures = self._reader.read_media(part, clock, image_tokens)
         if len(pictures) > 1:
             raise InputError(f"encode takes one picture, not a document of {len(pictures)} pages: choose one with Pdf")
-        return self._encoded_image(pictures[0], see(pictures[0], 0, self.manifest.image, clock), clock)
+        return self._encoded_image(pictures[0], see(pictures[0], 0, self.manifest.image, clock), clock, self._reuse)
 
     def count_tokens(
         self,
@@ -279,12 +298,7 @@ class Engine:
         return see_all(prompt, pictures, self.manifest.image, clock)
 
     def _answer(
-        self,
-        asked: SeenPrompt,
-        rules: Rules,
-        clock: StageClock,
-        reuse: Reuse,
-        prefill_chunk: int = PREFILL_CHUNK,
+        self, asked: SeenPrompt, rules: Rules, clock: StageClock, reuse: Reuse, prefill_chunk: int = PREFILL_CHUNK
     ) -> Generator[Chunk, None, None]:
         """Answer a prompt."""
         session = self.runtime.session()
@@ -335,8 +349,8 @@ class Engine:
             reuse.features.put(view.content, values)
             return view.resolve(values)
 
-    def _encoded_image(self, picture: PreparedPicture, view: SeenView, clock: StageClock) -> EncodedImage:
-        values = self._encode(view, clock, self._reuse)
+    def _encoded_image(self, picture: PreparedPicture, view: SeenView, clock: StageClock, reuse: Reuse) -> EncodedImage:
+        values = self._encode(view, clock, reuse)
         return EncodedImage(values, picture.size, tower_identity(self.manifest), picture.modality, view.content)
 
     def _soft_tokens(self, asked: SeenPrompt, clock: StageClock, reuse: Reuse, first: int = 0) -> list[SoftTokens]:

@@ -30,11 +30,11 @@ class EncodedImage:
     not to be written to: caches hold them too.
     """
 
-    soft_tokens: np.ndarray
+    soft_tokens: np.ndarray = field(repr=False)
     size: tuple[int, int]
-    bundle: str
+    bundle: str = field(repr=False)
     modality: str = "image"
-    content: bytes = b""
+    content: bytes = field(default=b"", repr=False)
 
     def __len__(self) -> int:
         """Number of soft tokens."""
@@ -152,8 +152,10 @@ class Chunk:
     logprobs: tuple[Logprob, ...] = ()
 
 
-def whole_reply(stream: Callable[_Arguments, Generator[Chunk, None, None]]) -> Callable[_Arguments, Reply]:
-    """The function that takes what `stream` takes and returns the reply that its last chunk carries."""
+def whole_reply(
+    stream: Callable[_Arguments, Generator[Chunk, None, None]], name: str = "generate"
+) -> Callable[_Arguments, Reply]:
+    """The function `name` that takes what `stream` takes and returns the reply that its last chunk carries."""
 
     @functools.wraps(stream)
     def generate(*arguments: _Arguments.args, **options: _Arguments.kwargs) -> Reply:
@@ -163,7 +165,7 @@ def whole_reply(stream: Callable[_Arguments, Generator[Chunk, None, None]]) -> C
         assert reply is not None
         return reply
 
-    generate.__name__, generate.__qualname__ = "generate", stream.__qualname__.replace(stream.__name__, "generate")
+    generate.__name__, generate.__qualname__ = name, stream.__qualname__.replace(stream.__name__, name)
     generate.__doc__ = f"Like `{stream.__name__}`, which has the arguments, but return the whole reply."
     generate.__annotations__ = stream.__annotations__ | {"return": "Reply"}
     return generate

@@ -74,6 +74,11 @@ class Reuse:
         if self.keeps_states:
             self.prefixes.add(keys, session.snapshot(), self.pin)
 
+    def clear(self) -> None:
+        """Forget everything; files stay."""
+        self.prefixes.clear()
+        self.features.clear()
+
 
 NO_REUSE = Reuse(PrefixCache(0), FeatureCache(0))
 """For requests that neither take nor leave anything."""

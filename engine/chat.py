@@ -1,0 +1,155 @@
+"""A conversation that remembers its turns."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Generator, Iterator, Sequence
+from contextlib import contextmanager
+from threading import Lock
+from typing import TYPE_CHECKING
+
+from .decoding import Rules, make_rules
+from .errors import InputError, PromptError
+from .grammar import Grammar
+from .parts import PartLike, Turn
+from .prefix_cache import Pin
+from .prompt import Text
+from .reading import ReadTurn
+from .reply import Chunk, EncodedImage, StageClock, whole_reply
+from .reuse import NO_REUSE, Reuse
+from .sampling import Sampling
+from .seeing import SeenPrompt
+
+if TYPE_CHECKING:
+    from .engine import Engine
+
+__all__ = ["Chat"]
+
+
+class Chat:
+    """A conversation with an engine; `Engine.chat` makes one.
+
+    A turn is added to the history when its reply is complete. One that fails, or whose stream is closed before its end,
+    leaves the conversation as it was. Pictures are read once and stay in the history encoded, so files may change or
+    go; the prompt of a turn goes on from the decoder state of the turn before. One turn runs at a time.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        system: str | None = None,
+        sampling: Sampling | None = None,
+        max_tokens: int,
+        image_tokens: int | None = None,
+        cache: bool = True,
+    ):
+        """See `Engine.chat`."""
+        if not engine._reader.has_roles:
+            raise PromptError("a chat needs a chat template with roles, which this bundle does not have")
+        self.system = system
+        self._engine = engine
+        self._sampling = sampling
+        self._max_tokens = max_tokens
+        self._image_tokens = image_tokens
+        self._cache = cache
+        self._turns: tuple[Turn, ...] = ()
+        self._pin: Pin | None = None  # holds the states of the latest turn in the engine's cache
+        self._running = Lock()
+
+    @property
+    def history(self) -> tuple[Turn, ...]:
+        """The user's and the assistant's turns, in the form that `Engine.generate` takes, without the system text.
+
+        Texts are `Text`, pictures and pages of documents are `EncodedImage`.
+        """
+        return self._turns
+
+    def reset(self) -> None:
+        """Forget all turns; the system text and the options stay. Raises InputError while a reply is streaming."""
+        with self._one_at_a_time():
+            self._turns, self._pin = (), None
+
+    def stream(
+        self,
+        parts: PartLike | Sequence[PartLike],
+        *,
+        sampling: Sampling | None = None,
+        max_tokens: int | None = None,
+        image_tokens: int | None = None,
+        stop: str | Sequence[str] = (),
+        stop_ids: Collection[int] = (),
+        format: Grammar | None = None,
+        logprobs: int | None = None,
+    ) -> Generator[Chunk, None, None]:
+        """Say something and get the reply in chunks; the last carries the whole reply, and the turn is over then.
+
+        Nothing runs before the first `next()`. Closing the generator earlier cancels the turn.
+
+        Args:
+            parts: a part or a list of parts: the user's turn.
+            sampling: None is the chat's; so it is for `max_tokens` and `image_tokens`.
+            max_tokens: most tokens of the reply.
+            image_tokens: token budget of new pictures that have none of their own.
+            stop: strings that end the reply just before them.
+            stop_ids: tokens that end the reply, besides the bundle's own.
+            format: the form of the reply.
+            logprobs: see `Engine.stream`.
+
+        Raises InputError and ModelOutputError like `Engine.stream`, and InputError while another reply is streaming.
+        """
+        with self._one_at_a_time():
+            engine, clock = self._engine, StageClock()
+            rules = make_rules(
+                engine.manifest,
+                engine.runtime.vocabulary,
+                engine._constraints.compile,
+                sampling=self._sampling if sampling is None else sampling,
+                max_tokens=self._max_tokens if max_tokens is None else max_tokens,
+                stop=stop,
+                stop_ids=stop_ids,
+                format=format,
+                candidates=1,
+                logprobs=logprobs,
+            )
+            yield from self._turn(parts, self._image_tokens if image_tokens is None else image_tokens, rules, clock)
+
+    send = whole_reply(stream, "send")
+
+    def _turn(
+        self, parts: PartLike | Sequence[PartLike], image_tokens: int | None, rules: Rules, clock: StageClock
+    ) -> Iterator[Chunk]:
+        engine, pin = self._engine, Pin()
+        reuse = dataclasses.replace(engine._reuse, pin=pin) if self._cache else NO_REUSE
+        conversation = [*self._turns, Turn("user", parts)]
+        turns = engine._reader.read(conversation, clock, system=self.system, image_tokens=image_tokens)
+        asked = engine._see(turns, clock)
+        for chunk in engine._answer(asked, rules, clock, reuse):
+            if chunk.reply is not None:
+                said = self._settled(turns[-1], asked, clock, reuse)
+                self._turns += (said, Turn("assistant", [Text(chunk.reply.text)]))
+                self._pin = pin
+            yield chunk
+
+    def _settled(self, turn: ReadTurn, asked: SeenPrompt, clock: StageClock, reuse: Reuse) -> Turn:
+        """The turn as it stays in the history: without files, its pictures encoded."""
+        views = dict(zip((span.media_index for span in asked.prompt.spans), asked.views, strict=True))
+        pictures = {id(picture): views[index] for index, picture in enumerate(asked.pictures)}
+        role, parts = turn
+        settled: list[Text | EncodedImage] = []
+        for part in parts:
+            if isinstance(part, Text):
+                settled.append(part)
+            else:
+                seen = pictures[id(part)]
+                settled.append(part.encoded or self._engine._encoded_image(part, seen, clock, reuse))
+        return Turn(role, settled)
+
+    @contextmanager
+    def _one_at_a_time(self) -> Iterator[None]:
+        if not self._running.acquire(blocking=False):
+            raise InputError("a reply of this chat is still streaming: read it to its end, or close it")
+        try:
+            yield
+        finally:
+            self._running.release()
