@@ -17,8 +17,8 @@ from .sampling import Sampling
 __all__ = [
     "Box",
     "Bundle",
-    "Chat",
     "Candidate",
+    "Chat",
     "Chunk",
     "EncodedImage",
     "Engine",
