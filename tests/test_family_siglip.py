@@ -1,35 +1,36 @@
-"""PaliGemma 1 and 2 and Gemma 3 with vision: graphs against the float64 reference, configurations, facts."""
+"""PaliGemma 1 and 2 and Gemma 3 with vision: graphs and whole bundles against the float64 reference."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
 
+from siglance.engine.bundle import Bundle
+from siglance.engine.engine import Engine
 from siglance.engine.image_policy import POLICIES, resize
-from siglance.engine.runtime import SoftTokens
+from siglance.engine.runtime import Runtime, SoftTokens
+from siglance.engine.sampling import Sampling
 from siglance.engine.self_test import formula_picture
+from siglance.export.exporter import export
+from siglance.export.families import ExportOptions
 
 from . import reference_model, reference_siglip
 
 PALIGEMMA = {
-    "paligemma": {},
-    "paligemma hub": {"key_style": "hub", "seed": 5},
-    "paligemma nested bfloat16": {"key_style": "nested", "storage": "bfloat16", "shards": 2},
+    "paligemma": {"key_style": "hub"},
+    # the placeholder of pictures has no row in the table of embeddings
+    "paligemma nested bfloat16": {"key_style": "nested", "storage": "bfloat16", "shards": 2, "vocab_size": 1664},
     "paligemma2": {"text": "gemma2"},
-    "paligemma2 hub": {"text": "gemma2", "key_style": "hub", "seed": 6},
-    "paligemma2 without caps and windows": {
-        "text": "gemma2",
-        "attn_logit_softcapping": None,
-        "final_logit_softcapping": None,
-        "sliding_window": None,
+    "paligemma2 hub, no caps, no windows": {
+        **{"text": "gemma2", "key_style": "hub", "attn_logit_softcapping": None, "final_logit_softcapping": None},
+        **{"sliding_window": None, "seed": 6},
     },
-    "paligemma placeholder beyond the table": {"vocab_size": 1664},
 }
 GEMMA3 = {
     "gemma3": {},
-    "gemma3 hub": {"key_style": "hub", "seed": 7},
-    "gemma3 nested": {"key_style": "nested", "sliding_window_pattern": 2, "rope_scaling": None},
-    "gemma3 window longer than a picture": {"sliding_window": 24},
+    "gemma3 hub, window longer than a picture": {"key_style": "hub", "sliding_window": 24, "seed": 7},
+    "gemma3 nested, factor 1": {"key_style": "nested", "sliding_window_pattern": 2, "rope_scaling": None},
 }
 
 
@@ -213,3 +214,68 @@ def test_one_picture_does_not_see_another(tiny_model):
     rows = [model.runtime.session().prompt_logits(np.array(ids), soft) for soft in (blocks, other)]
     np.testing.assert_allclose(rows[0][: blocks[1].start], rows[1][: blocks[1].start], atol=1e-6)
     assert np.abs(rows[0][-1] - rows[1][-1]).max() > 1e-3
+
+
+# --- whole bundles
+
+
+def test_paligemma_from_a_picture_to_text(tiny_model):
+    model = tiny_model("paligemma", text="gemma2")
+    weights, config = load(model)
+    picture = formula_picture(70, 90)
+    with Engine.open(model.bundle.folder) as engine:
+        assert engine.verify().result == "equal"
+        reply = engine.generate([picture, "detect cat"], max_tokens=8)
+        counted = engine.count_tokens([picture, "detect cat"])["total"]
+    ids = [config["image_token_index"]] * 16 + [2, *encoded(model, "detect cat\n")]
+    soft = [expected_soft_tokens(model, picture)]
+    assert counted == len(ids)
+    for token in reply.token_ids:
+        logits = reference_siglip.paligemma_logits(weights, config, ids, soft, counted)[-1]
+        assert logits[token] > logits.max() - 1e-3
+        ids.append(token)
+
+
+def encoded(model, text: str) -> list[int]:
+    tokenizer = Tokenizer.from_file(str(model.bundle.path("tokenizer")))
+    return tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def test_gemma3_with_two_pictures_to_text(tiny_model):
+    model = tiny_model("gemma3_vision")
+    weights, config = load(model)
+    pictures = [formula_picture(70, 90), formula_picture(200, 60)]
+    with Engine.open(model.bundle.folder) as engine:
+        assert engine.verify().result == "equal"
+        reply = engine.generate(
+            [pictures[0], "and", pictures[1], "what?"], max_tokens=8, sampling=Sampling(temperature=0)
+        )
+    before, soft, after = "\n\n<start_of_image>", "<image_soft_token>" * 9, "<end_of_image>\n\n"
+    shown = f"{before}{soft}{after}"
+    text = f"<bos><start_of_turn>user\n{shown}and{shown}what?<end_of_turn>\n<start_of_turn>model\n"
+    ids = encoded(model, text)
+    values = [expected_soft_tokens(model, picture) for picture in pictures]
+    for token in reply.token_ids:
+        logits = reference_siglip.gemma3_vision_logits(weights, config, ids, values)[-1]
+        assert logits[token] > logits.max() - 1e-3
+        ids.append(token)
+
+
+@pytest.mark.parametrize(("family", "arguments"), [("paligemma", {"text": "gemma2"}), ("gemma3_vision", {})])
+@pytest.mark.parametrize(
+    ("precision", "target", "loss"), [("int8", "cpu", 0.05), ("int4", "cpu", 0.5), ("fp16", "cuda", 0.01)]
+)
+def test_other_precisions_are_near(tiny_model, tmp_path, family, arguments, precision, target, loss):
+    """Soft tokens and logits relative to float32; the matrix that is stored the other way round is one of them."""
+    model = tiny_model(family, **arguments)
+    export(model.checkpoint, tmp_path / "bundle", ExportOptions(precision=precision, target=target))
+    runtime = Runtime(Bundle.open(tmp_path / "bundle"), device="cpu", foreign=True)
+    facts, picture = runtime.manifest.image, formula_picture(70, 90)
+    patches = POLICIES[facts.policy].prepare(picture, facts)
+    soft = runtime.encode(patches.values, patches.positions, facts.default_budget)
+    exact = encode(model, picture)
+    assert np.abs(soft - exact).max() < min(loss, 0.05) * np.ptp(exact)
+    ids = np.array([*[100] * len(soft), 2, *text_ids(9)])
+    found = runtime.session().prefill(ids, [SoftTokens(0, soft)])
+    expected = model.runtime.session().prefill(ids, [SoftTokens(0, exact)])
+    assert np.abs(found - expected).max() < loss * np.ptp(expected)

@@ -37,9 +37,9 @@ STYLES = {
 # What config.json on the hub does not say.
 _UNSAID = {
     *("attention_bias", "attention_dropout", "bos_token_id", "eos_token_id", "hidden_activation", "initializer_range"),
-    *("layer_types", "max_position_embeddings", "pad_token_id", "rms_norm_eps", "rope_parameters", "use_cache"),
+    *("layer_types", "pad_token_id", "rms_norm_eps", "rope_parameters", "use_cache"),
     *("tie_word_embeddings", "use_bidirectional_attention", "hidden_act", "layer_norm_eps", "num_channels"),
-    *("final_logit_softcapping", "attn_logit_softcapping", "_sliding_window_pattern"),
+    "_sliding_window_pattern",
 }
 
 
@@ -235,9 +235,7 @@ def _write(folder: Path, config: Config, weights: Weights, storage: str, shards:
 
 
 def _sparse(section: Config) -> Config:
-    """Without what is a default of the class, as far as the tiny value is the default."""
-    tiny_values = ("attn_logit_softcapping", "final_logit_softcapping", "max_position_embeddings")
-    return {key: value for key, value in section.items() if key not in _UNSAID or (key in tiny_values and value)}
+    return {key: value for key, value in section.items() if key not in _UNSAID}
 
 
 def _write_processor(
