@@ -39,7 +39,7 @@ class Runtime:
     """The loaded graphs of a bundle. Stateless between sequences; a `Session` is one sequence.
 
     `prepack=False` trades speed for memory: weights stay mapped from the file. `foreign` accepts a device that the
-    bundle is not made for, see `resolve_device`.
+    bundle is not made for, see `resolve_device`. `sees=False` leaves the vision graph out.
     """
 
     def __init__(
@@ -50,13 +50,14 @@ class Runtime:
         threads: int | None = None,
         prepack: bool = True,
         foreign: bool = False,
+        sees: bool = True,
     ):
         self.manifest = bundle.manifest
         self.device: Device = resolve_device(device, bundle.manifest.target, foreign=foreign)
         graphs = {
             # Looking up rows is no work for several threads, and idle ones would spin beside the decoder's.
             name: Graph(bundle.path(name), self.device, threads=1 if name == "embed" else threads, prepack=prepack)
-            for name in ("embed", "decoder", "vision")
+            for name in ("embed", "decoder", *(("vision",) if sees else ()))
             if name in bundle.manifest.files
         }
         self.embed, self.decoder, self.vision = graphs["embed"], graphs["decoder"], graphs.get("vision")
@@ -74,15 +75,7 @@ class Runtime:
         """patches uint8 [n, 3 p p] and positions int64 [n, 2], block-major -> soft tokens float32 [soft_tokens, D]."""
         if self.vision is None:
             raise PromptError("this bundle has no vision input")
-        values = self.vision.run({"patches": patches, "positions": positions})["soft_tokens"]
-        if values.shape != (soft_tokens, self.hidden):
-            raise ModelOutputError(
-                f"the vision graph returned soft tokens of shape {list(values.shape)}, "
-                f"expected {[soft_tokens, self.hidden]}"
-            )
-        if not np.isfinite(values).all():
-            raise ModelOutputError("the vision graph returned soft tokens that are not finite")
-        return values
+        return encode(self.vision, patches, positions, soft_tokens, self.hidden)
 
     def session(self) -> Session:
         """A new, empty sequence."""
@@ -112,6 +105,18 @@ class Runtime:
             raise BundleError("the embed graph has no input 'input_ids'")
         if self.vision is not None and self.manifest.image is not None:
             _check_vision(self.vision, self.manifest.image, embed.outputs["inputs_embeds"])
+
+
+def encode(vision: Graph, patches: np.ndarray, positions: np.ndarray, soft_tokens: int, hidden: int) -> np.ndarray:
+    """Run the vision graph; see `Runtime.encode`. Raises ModelOutputError for a wrong shape or non-finite values."""
+    values = vision.run({"patches": patches, "positions": positions})["soft_tokens"]
+    if values.shape != (soft_tokens, hidden):
+        raise ModelOutputError(
+            f"the vision graph returned soft tokens of shape {list(values.shape)}, expected {[soft_tokens, hidden]}"
+        )
+    if not np.isfinite(values).all():
+        raise ModelOutputError("the vision graph returned soft tokens that are not finite")
+    return values
 
 
 def _has_width(facts: TensorFacts) -> bool:

@@ -14,9 +14,12 @@ import numpy as np
 
 from .bundle import Bundle
 from .errors import BundleError, ModelOutputError
-from .graph import available_devices
+from .graph import Device, Graph, available_devices, resolve_device
 from .image_policy import POLICIES
-from .runtime import Runtime, SoftTokens
+from .manifest import ImageFacts
+from .runtime import Runtime, SoftTokens, encode
+
+from ..kernels.patches import Patches  # isort: skip
 
 __all__ = ["CaseResult", "VerifyReport", "formula_picture", "record", "replay"]
 
@@ -38,8 +41,21 @@ def record(bundle: Bundle, *, prepack: bool = False) -> dict[str, Any]:
     """Run `bundle` where it was exported and return the content of its self_test.json; for `prepack` see `Runtime`."""
     # A machine without a GPU records the self-test of a GPU bundle on its CPU: same graphs, same weights.
     here = bundle.manifest.target in available_devices()
-    runtime = Runtime(bundle, device="auto" if here else "cpu", prepack=prepack, foreign=not here)
-    return {"format": 1, "cases": [_record_case(runtime, case) for case in _cases(runtime)]}
+    device = "auto" if here else "cpu"
+    soft = _record_soft_tokens(bundle, resolve_device(device, bundle.manifest.target, foreign=not here), prepack)
+    runtime = Runtime(bundle, device=device, prepack=prepack, foreign=not here, sees=False)
+    return {"format": 1, "cases": [_record_case(runtime, case, soft) for case in _cases(runtime)]}
+
+
+def _record_soft_tokens(bundle: Bundle, device: Device, prepack: bool) -> np.ndarray | None:
+    """Soft tokens of the self-test's picture. The vision graph is gone before the decoder is loaded: memory."""
+    facts = bundle.manifest.image
+    if facts is None:
+        return None
+    vision = Graph(bundle.path("vision"), device, prepack=prepack)
+    patches = _patches(_picture_case(facts), facts)
+    width = vision.outputs["soft_tokens"].shape[-1]
+    return encode(vision, patches.values, patches.positions, len(patches.values) // facts.pool_size**2, int(width))
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,15 +100,23 @@ def _cases(runtime: Runtime) -> list[dict[str, Any]]:
     text = (np.arange(1, _TEXT_TOKENS + 1) * 2_654_435_761 % runtime.vocabulary).tolist()
     cases: list[dict[str, Any]] = [{"name": "text", "ids": text, "picture": None}]
     if facts is not None:
-        cases.append(
-            {"name": "image", "ids": text, "picture": {"height": 120, "width": 168, "budget": facts.budgets[0]}}
-        )
+        cases.append({"name": "image", "ids": text, "picture": _picture_case(facts)})
     return cases
 
 
-def _record_case(runtime: Runtime, case: dict[str, Any]) -> dict[str, Any]:
+def _picture_case(facts: ImageFacts) -> dict[str, int]:
+    return {"height": 120, "width": 168, "budget": facts.budgets[0]}
+
+
+def _patches(picture: dict[str, int], facts: ImageFacts) -> Patches:
+    return POLICIES[facts.policy].prepare(
+        formula_picture(picture["height"], picture["width"]), facts, picture["budget"]
+    )
+
+
+def _record_case(runtime: Runtime, case: dict[str, Any], soft: np.ndarray | None) -> dict[str, Any]:
     steps, token = [], None
-    for logits in _run(runtime, case, None):
+    for logits in _run(runtime, case, None if case["picture"] is None else soft, None):
         best = np.argsort(-logits, kind="stable")[:_TOP]
         token = int(best[0])
         steps.append(
@@ -103,7 +127,8 @@ def _record_case(runtime: Runtime, case: dict[str, Any]) -> dict[str, Any]:
 
 def _replay_case(runtime: Runtime, case: dict[str, Any]) -> CaseResult:
     difference, agreed, low, high = 0.0, 0, np.inf, -np.inf
-    for logits, step in zip(_run(runtime, case, case["steps"]), case["steps"], strict=True):
+    soft = _replay_soft_tokens(runtime, case["picture"])
+    for logits, step in zip(_run(runtime, case, soft, case["steps"]), case["steps"], strict=True):
         expected = np.array(step["logits"], np.float64)
         if not np.isfinite(expected).all():  # a comparison with NaN would find no difference
             raise ValueError("logits that are not finite")
@@ -113,17 +138,24 @@ def _replay_case(runtime: Runtime, case: dict[str, Any]) -> CaseResult:
     return CaseResult(case["name"], difference, agreed / len(case["steps"]), float(high - low))
 
 
-def _run(runtime: Runtime, case: dict[str, Any], stored: list[dict[str, Any]] | None) -> Any:
-    """Logits after the prompt and after each following token: the stored ones when replaying, else the best ones."""
+def _replay_soft_tokens(runtime: Runtime, picture: dict[str, int] | None) -> np.ndarray | None:
+    facts = runtime.manifest.image
+    if picture is None:
+        return None
+    if facts is None:
+        raise BundleError("self_test.json has a picture, the bundle has no vision input")
+    patches = _patches(picture, facts)
+    return runtime.encode(patches.values, patches.positions, len(patches.values) // facts.pool_size**2)
+
+
+def _run(runtime: Runtime, case: dict[str, Any], values: np.ndarray | None, stored: list[dict[str, Any]] | None) -> Any:
+    """Logits after the prompt and after each following token: the stored ones when replaying, else the best ones.
+
+    `values` are the soft tokens of the picture, which stands behind the first token.
+    """
     ids = np.array(case["ids"], np.int64)
     soft = []
-    if case["picture"] is not None:
-        facts = runtime.manifest.image
-        if facts is None:
-            raise BundleError("self_test.json has a picture, the bundle has no vision input")
-        picture = formula_picture(case["picture"]["height"], case["picture"]["width"])
-        patches = POLICIES[facts.policy].prepare(picture, facts, case["picture"]["budget"])
-        values = runtime.encode(patches.values, patches.positions, len(patches.values) // facts.pool_size**2)
+    if values is not None:
         soft = [SoftTokens(1, values)]
         ids = np.concatenate([ids[:1], np.zeros(len(values), np.int64), ids[1:]])
     session = runtime.session()
