@@ -74,7 +74,7 @@ def decoder_layer(x: Array, weights: Weights, prefix: str, text: Config, kind: s
 
 
 def attention(x: Array, weights: Weights, prefix: str, text: Config, kind: str, seen: Array) -> Array:
-    """`Gemma4TextAttention`: without a value projection the values are the keys before norm weight and rotation."""
+    """`Gemma4TextAttention`: without a value projection the values are the projected keys."""
     factor = weights[f"{prefix}.q_norm.weight"]
     width, positions = len(factor), np.arange(len(x))
     frequencies = inverse_frequencies(text, kind, width)
@@ -85,8 +85,13 @@ def attention(x: Array, weights: Weights, prefix: str, text: Config, kind: str, 
     query = base.rotate(base.rms_norm(project("q"), factor), positions, frequencies)
     key = base.rotate(base.rms_norm(project("k"), weights[f"{prefix}.k_norm.weight"]), positions, frequencies)
     shared = text["attention_k_eq_v"] and kind == FULL
-    value = base.rms_norm(project("k" if shared else "v"))
+    value = value_heads(project("k" if shared else "v"), weights, prefix)
     return base.attend(query, key, value, seen, scale=1.0) @ weights[f"{prefix}.o_proj.weight"].T
+
+
+def value_heads(projected: Array, weights: Weights, prefix: str) -> Array:
+    """Values [L, heads, d]: normed without a weight and not rotated, projected keys too."""
+    return base.rms_norm(projected)
 
 
 def inverse_frequencies(text: Config, kind: str, width: int) -> Array:

@@ -99,7 +99,7 @@ def write_gemma4_unified(
     if audio:
         config["audio_config"] = {"model_type": "gemma4_unified_audio", "audio_embed_dim": 640}
         draw.linear("model.embed_audio.embedding_projection", text["hidden_size"], 640)
-    weights = draw.tensors if names == "modules" else {_published(name): value for name, value in draw.tensors.items()}
+    weights = draw.tensors if names == "modules" else {published(name): value for name, value in draw.tensors.items()}
     _write(folder, config, weights, ids, storage, shards)
     return config
 
@@ -225,7 +225,8 @@ def _embedder_weights(draw: tiny._RandomWeights, hidden: int, width: int) -> Non
     draw.linear(f"{prefix}.multimodal_embedder.embedding_projection", hidden, width)
 
 
-def _published(name: str) -> str:
+def published(name: str) -> str:
+    """The name in the published files of a tensor of the 12B that transformers 5.24 calls `name`."""
     for module, published in _PUBLISHED.items():
         if name.startswith(module):
             return published + name[len(module) :]
