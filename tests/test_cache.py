@@ -131,9 +131,9 @@ def ask(engine: Engine, conversation, **options) -> tuple:
     return reply, np.stack(rows)
 
 
-def compare(engine: Engine, conversations: int, seed: int, **options) -> tuple[float, float, int]:
-    """Largest difference of logits, share of prompt tokens that did not run, and number of requests."""
-    largest, cached, total, count = 0.0, 0, 0, 0
+def compare(engine: Engine, conversations: int, seed: int, **options) -> tuple[float, float, int, int]:
+    """Largest difference of logits, share of prompt tokens that did not run, requests, and those beyond the windows."""
+    largest, cached, total, count, beyond = 0.0, 0, 0, 0, 0
     for index in range(conversations):
         script = Script(engine, seed + index)
         requests = script.requests()
@@ -148,8 +148,9 @@ def compare(engine: Engine, conversations: int, seed: int, **options) -> tuple[f
                 largest = max(largest, float(np.abs(warm_logits - cold_logits).max()))
                 cached, total = cached + warm.usage.cached_tokens, total + warm.usage.prompt_tokens
                 count += 1
+                beyond += engine.runtime.session().evicts(warm.usage.prompt_tokens)
                 conversation = requests.send(warm.text)
-    return largest, cached / total, count
+    return largest, cached / total, count, beyond
 
 
 MODELS = {
@@ -169,7 +170,7 @@ def engine(request, tiny_model):
 
 def test_cold_equals_warm(engine):
     """Case 35."""
-    largest, cached, _ = compare(engine, 12, seed=100, max_tokens=5)
+    largest, cached, _, _ = compare(engine, 12, seed=100, max_tokens=5)
     assert largest <= TOLERANCE
     assert cached > 0.15, "hardly anything was reused, so this says nothing"
 
@@ -181,18 +182,23 @@ def demo():
 
 
 def test_cold_equals_warm_on_the_demo(demo):
-    largest, cached, _ = compare(demo, 6, seed=0, max_tokens=24)
+    largest, cached, _, beyond = compare(demo, 6, seed=0, max_tokens=24)
     assert largest <= TOLERANCE
     assert cached > 0.3
+    assert beyond > 3
 
 
 @pytest.mark.load
 def test_cold_equals_warm_in_200_conversations(demo):
     """The figure: 200 conversations on the demo, beyond its windows of 64 rows, with budgets of 9, 16 and 36."""
-    largest, cached, count = compare(demo, 200, seed=1000, max_tokens=24)
-    print(f"\n{count} requests of 200 conversations: logits within {largest:.1e}, {cached:.0%} of prompt tokens reused")
+    largest, cached, count, beyond = compare(demo, 200, seed=1000, max_tokens=24)
+    print(
+        f"\n{count} requests of 200 conversations, {beyond} of them beyond the windows: "
+        f"logits within {largest:.1e}, {cached:.0%} of prompt tokens reused"
+    )
     assert largest <= TOLERANCE
     assert cached > 0.3
+    assert beyond > 100
 
 
 def test_threads_get_cold_answers(tiny_model):
