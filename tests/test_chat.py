@@ -22,6 +22,7 @@ from siglance.engine.errors import ContextFull, ImageError, InputError, PromptEr
 
 from .pdf_files import numbered_pages
 from .scripted import picture, scripted
+from .test_engine_state import Broken, failing
 
 GREEDY = Sampling(temperature=0, seed=0)
 SMALL = {"sampling": GREEDY, "max_tokens": 6}
@@ -211,10 +212,6 @@ def test_reset_forgets_the_turns_and_keeps_the_rest(fresh):
 # --- turns that are not
 
 
-class Broken(Exception):
-    pass
-
-
 def refused(chat: Chat) -> None:
     """The ways a turn is refused before anything runs."""
     for error, parts, options in (
@@ -239,18 +236,8 @@ def test_a_turn_that_fails_leaves_the_conversation_as_it_was(fresh):
         before = chat.history
         refused(chat)
         for graph, at in (("vision", 0), ("embed", 0), ("decoder", 0), ("decoder", 2)):
-            calls = itertools.count()
-            with pytest.MonkeyPatch.context() as patch:
-                for name in ("run", "run_bound"):
-
-                    def run(argument, real=getattr(getattr(fresh.runtime, graph), name), calls=calls, at=at):
-                        if next(calls) == at:
-                            raise Broken
-                        return real(argument)
-
-                    patch.setattr(getattr(fresh.runtime, graph), name, run)
-                with pytest.raises(Broken):
-                    chat.send([picture(5), f"broken {graph} {at}"])
+            with failing(getattr(fresh.runtime, graph), at), pytest.raises(Broken):
+                chat.send([picture(5), f"broken {graph} {at}"])
             fresh._reuse.features.clear()
         assert chat.history == before
         reply, expected = chat.send(turn), undisturbed.send(turn)
@@ -318,11 +305,17 @@ def test_one_turn_at_a_time(fresh):
 def test_a_full_context_is_said_and_nothing_is_forgotten(fresh):
     """Case 33: never a shift of the oldest turns."""
     chat = fresh.chat(sampling=GREEDY, max_tokens=2)
-    with pytest.raises(ContextFull) as full:
+    histories = [chat.history]
+
+    def talk() -> None:
         for turn in itertools.count():
-            before = chat.history
             chat.send(f"{turn} " + "long " * 60)
-    assert chat.history == before
+            histories.append(chat.history)
+
+    with pytest.raises(ContextFull) as full:
+        talk()
+    assert len(histories) > 2
+    assert chat.history == histories[-1]
     assert full.value.context == fresh.manifest.context < full.value.prompt_tokens
     assert chat.send("x").usage.prompt_tokens < fresh.manifest.context
 
@@ -440,7 +433,7 @@ SPELLINGS = [
     )
 )
 def test_law_text_never_becomes_control_tokens(talker, turns):
-    """Cases 21 and 22: in turns, in the system text and in replies; one beginning-of-sequence token whatever is said."""
+    """Cases 21 and 22: in turns, in the system text and in replies. There is one beginning-of-sequence token."""
     tokenizer = Tokenizer.from_file(str(talker.bundle.path("tokenizer")))
     control = {id for id, token in tokenizer.get_added_tokens_decoder().items() if token.special}
     begin, start = tokenizer.token_to_id("<bos>"), tokenizer.token_to_id("<|turn>")
