@@ -144,10 +144,11 @@ def test_configuration_of_gemma3_that_is_not_supported(checkpoints, tmp_path, va
 @pytest.mark.parametrize(
     ("values", "named"),
     [
-        ({"enable_moe_block": True}, "enable_moe_block"),
-        ({"attention_k_eq_v": True}, "attention_k_eq_v"),
+        ({"enable_moe_block": True}, "num_experts"),
+        ({"attention_k_eq_v": True}, "v_proj"),
         ({"use_bidirectional_attention": "vision"}, "use_bidirectional_attention"),
-        ({"num_kv_shared_layers": 7}, "share keys and values"),
+        ({"use_bidirectional_attention": "all"}, "use_bidirectional_attention"),
+        ({"num_kv_shared_layers": 7}, "num_kv_shared_layers"),
     ],
 )
 def test_configuration_of_gemma4_that_is_not_supported(checkpoints, tmp_path, values, named):

@@ -76,7 +76,7 @@ def test_sizes_are_the_published_ones(name):
     decoder, embedding, per_layer, vision = SIZES[name]
     assert millions(elements, r"embed_tokens\.") == pytest.approx(embedding, abs=0.06)
     assert millions(elements, r"embed_tokens_per_layer\.") == pytest.approx(per_layer, abs=0.06)
-    assert millions(elements, r"vision|embed_vision|multi_modal|projector") == pytest.approx(vision, abs=0.11)
+    assert millions(elements, r"vision|embed_vision|projector|embedder|projection") == pytest.approx(vision, abs=0.11)
     assert millions(elements, r"text\.") == pytest.approx(decoder, abs=0.11)
 
 

@@ -217,7 +217,7 @@ def _per_layer_inputs(
     width, count = text.per_layer, len(layers)
     name, shape = "text.per_layer_model_projection.weight", (len(text.layers) * width, text.hidden)
     first, last = layers.start * width, layers.stop * width
-    key = f"text.per_layer_model_projection.{layers.start}-{layers.stop}.weight"
+    key = f"text.layers_{layers.start}-{layers.stop}.per_layer_model_projection.weight"
     context = blocks.fused_linear(graph, embeddings, weights, [(name, shape[0])], shape[1], key, np.arange(first, last))
     context = blocks.constant_scale(graph, context, float(text.hidden) ** -0.5, "scale_projection")
     weight = _vector(graph, weights, "text.per_layer_projection_norm.weight", width)
