@@ -48,10 +48,10 @@ class Chat:
         if not engine._reader.has_roles:
             raise PromptError("a chat needs a chat template with roles, which this bundle does not have")
         self.system = system
+        self.image_tokens = image_tokens
         self._engine = engine
         self._sampling = sampling
         self._max_tokens = max_tokens
-        self._image_tokens = image_tokens
         self._cache = cache
         self._turns: tuple[Turn, ...] = ()
         self._pin: Pin | None = None  # holds the states of the latest turn in the engine's cache
@@ -112,7 +112,7 @@ class Chat:
                 candidates=1,
                 logprobs=logprobs,
             )
-            yield from self._turn(parts, self._image_tokens if image_tokens is None else image_tokens, rules, clock)
+            yield from self._turn(parts, self.image_tokens if image_tokens is None else image_tokens, rules, clock)
 
     send = whole_reply(stream, "send")
 

@@ -18,12 +18,35 @@ import typer
 
 from . import output
 from .bundle import Bundle
+from .chat_command import converse
 from .engine import DEFAULT_MAX_TOKENS, Engine
 from .errors import InputError, PromptError, SiglanceError
 from .grammar import MAX_GRAMMAR_BYTES, Grammar
 from .graph import usable_cores, versions
 from .limits import read_limits
 from .media import is_document
+from .options import (
+    BudgetOption,
+    BundleArgument,
+    CacheOption,
+    DeviceOption,
+    FeatureCacheOption,
+    ImageOption,
+    JsonOption,
+    LimitOption,
+    MaxTokensOption,
+    MinPOption,
+    PagesOption,
+    PanAndScanOption,
+    PromptOption,
+    RawOption,
+    SeedOption,
+    Switch,
+    SystemOption,
+    TemperatureOption,
+    TopKOption,
+    TopPOption,
+)
 from .parts import Image, PartLike, Pdf
 from .prompt import Text
 from .reply import Reply
@@ -31,6 +54,7 @@ from .runtime import PREFILL_CHUNK, Runtime
 from .sampling import Sampling, read_logit_bias
 
 __all__ = ["app", "main"]
+
 
 app = typer.Typer(
     name="siglance",
@@ -41,35 +65,6 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-BundleArgument = Annotated[str, typer.Argument(help="Folder of a bundle, or a name in the cache.", metavar="[BUNDLE]")]
-ImageOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "-i", "--image", metavar="FILE[@BUDGET]", help="A picture or a PDF, with a token budget of its own if you like."
-    ),
-]
-PagesOption = Annotated[
-    str | None,
-    typer.Option("--pages", metavar="A-B", help="Pages of the PDFs, such as 3, 1-3 or 1-3,7. Otherwise all."),
-]
-LimitOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--limit", metavar="NAME=N", help="Let larger files in: bytes, pixels, pages, page_seconds, page_memory."
-    ),
-]
-PromptOption = Annotated[str, typer.Option("-p", "--prompt", metavar="TEXT", help="The question, after the pictures.")]
-SystemOption = Annotated[str | None, typer.Option("--system", metavar="TEXT", help="Text of a system turn.")]
-BudgetOption = Annotated[
-    int | None, typer.Option("--image-tokens", metavar="N", help="Token budget of pictures without their own.")
-]
-RawOption = Annotated[bool, typer.Option("--raw", help="Complete the text as it stands, without the chat template.")]
-PanAndScanOption = Annotated[
-    bool, typer.Option("--pan-and-scan", help="Show long pictures in crops too, if the model knows that (Gemma 3).")
-]
-DeviceOption = Annotated[str, typer.Option("--device", metavar="D", help="auto, cpu, cuda or cuda:N.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-
 
 @app.command()
 def run(
@@ -79,13 +74,11 @@ def run(
     prompt: PromptOption = "",
     system: SystemOption = None,
     image_tokens: BudgetOption = None,
-    max_tokens: Annotated[int, typer.Option(metavar="N", help="Most tokens of the reply.")] = DEFAULT_MAX_TOKENS,
-    temperature: Annotated[float | None, typer.Option(metavar="F", help="0 is greedy.")] = None,
-    top_k: Annotated[int | None, typer.Option(metavar="N", help="Keep the N best tokens; 0 keeps all.")] = None,
-    top_p: Annotated[
-        float | None, typer.Option(metavar="F", help="Keep the best tokens up to this probability.")
-    ] = None,
-    min_p: Annotated[float | None, typer.Option(metavar="F", help="Drop tokens below F times the best.")] = None,
+    max_tokens: MaxTokensOption = DEFAULT_MAX_TOKENS,
+    temperature: TemperatureOption = None,
+    top_k: TopKOption = None,
+    top_p: TopPOption = None,
+    min_p: MinPOption = None,
     presence_penalty: Annotated[
         float | None, typer.Option(metavar="F", help="-2 to 2, off the logit of tokens that the reply has.")
     ] = None,
@@ -99,7 +92,7 @@ def run(
     logit_bias: Annotated[
         list[str] | None, typer.Option(metavar="ID=F", help="Add -100 to 100 to the logit of a token.")
     ] = None,
-    seed: Annotated[int | None, typer.Option(metavar="N", help="Same seed, same text.")] = None,
+    seed: SeedOption = None,
     candidates: Annotated[int, typer.Option(metavar="N", help="Several replies to one prompt.")] = 1,
     logprobs: Annotated[
         int | None, typer.Option(metavar="N", help="Report log-probabilities, and of the N best tokens at each place.")
@@ -121,6 +114,8 @@ def run(
         Path | None,
         typer.Option(metavar="FILE.npy", help="Also write the prompt's logits, float32 [prompt tokens, vocabulary]."),
     ] = None,
+    cache: CacheOption = Switch.on,
+    feature_cache: FeatureCacheOption = None,
     limit: LimitOption = None,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
@@ -152,7 +147,7 @@ def run(
     format = _format(schema, regex, grammar, detections)
     common = {"system": system, "image_tokens": image_tokens, "raw": raw, "pan_and_scan": pan_and_scan}
     common["prompt_ids"] = ids
-    with Engine.open(bundle, device=device, limits=limits) as engine:
+    with Engine.open(bundle, device=device, limits=limits, feature_cache_dir=feature_cache) as engine:
         rows = None if logits is None else engine.prompt_logits(parts, **common)
         reply: Reply | None = None
         shown = 0  # candidates whose heading has been written
@@ -165,6 +160,7 @@ def run(
             candidates=candidates,
             logprobs=logprobs,
             prefill_chunk=prefill_chunk,
+            cache=cache is Switch.on,
             **common,
         ):
             if not as_json:
@@ -189,6 +185,38 @@ def run(
     if draw is not None and drawing is not None and canvas is not None:
         picture = output.drawn(reply, canvas)
         output.write("--draw", draw, lambda file: picture.save(file, drawing))
+
+
+@app.command()
+def chat(
+    bundle: BundleArgument = "demo",
+    system: SystemOption = None,
+    image_tokens: BudgetOption = None,
+    max_tokens: MaxTokensOption = DEFAULT_MAX_TOKENS,
+    temperature: TemperatureOption = None,
+    top_k: TopKOption = None,
+    top_p: TopPOption = None,
+    min_p: MinPOption = None,
+    seed: SeedOption = None,
+    cache: CacheOption = Switch.on,
+    feature_cache: FeatureCacheOption = None,
+    limit: LimitOption = None,
+    device: DeviceOption = "auto",
+) -> None:
+    """Talk about pictures: a prompt that remembers what was said. /help lists its commands."""
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
+    limits = read_limits(limit or ())
+    with Engine.open(bundle, device=device, limits=limits, feature_cache_dir=feature_cache) as engine:
+        talk = engine.chat(
+            system=system,
+            sampling=sampling,
+            max_tokens=max_tokens,
+            image_tokens=image_tokens,
+            cache=cache is Switch.on,
+        )
+        if bundle == "demo":
+            output.note(output.DEMO_NOTE)
+        converse(engine, talk, name=engine.manifest.name, attach=lambda argument: _file(argument, None))
 
 
 @app.command()

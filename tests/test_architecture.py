@@ -30,6 +30,8 @@ EXCEPTIONS = {
     "engine/state.py": {"onnxruntime"},  # the type of a binding
     "engine/cli.py": {"typer", "siglance.export.exporter", "siglance.export.families"},  # the export command's body
     "engine/grammar.py": {"llguidance"},  # structured replies, imported when one is asked for
+    "engine/chat_command.py": {"rich"},  # notes beside the replies
+    "engine/options.py": {"typer"},
     "engine/output.py": {"rich"},  # progress
     "engine/pdf_worker.py": {"pypdfium2"},  # runs in a process of its own
     "export/demo/checkpoint.py": {"transformers"},  # compares the training code with the official model

@@ -1,0 +1,83 @@
+"""Options that several commands of the command line share."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+__all__ = [
+    "BudgetOption",
+    "BundleArgument",
+    "CacheOption",
+    "DeviceOption",
+    "FeatureCacheOption",
+    "ImageOption",
+    "JsonOption",
+    "LimitOption",
+    "MaxTokensOption",
+    "MinPOption",
+    "PagesOption",
+    "PanAndScanOption",
+    "PromptOption",
+    "RawOption",
+    "SeedOption",
+    "Switch",
+    "SystemOption",
+    "TemperatureOption",
+    "TopKOption",
+    "TopPOption",
+]
+
+
+class Switch(Enum):
+    """A choice of the command line."""
+
+    on = "on"
+    off = "off"
+
+
+BundleArgument = Annotated[str, typer.Argument(help="Folder of a bundle, or a name in the cache.", metavar="[BUNDLE]")]
+ImageOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "-i", "--image", metavar="FILE[@BUDGET]", help="A picture or a PDF, with a token budget of its own if you like."
+    ),
+]
+PagesOption = Annotated[
+    str | None,
+    typer.Option("--pages", metavar="A-B", help="Pages of the PDFs, such as 3, 1-3 or 1-3,7. Otherwise all."),
+]
+LimitOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--limit", metavar="NAME=N", help="Let larger files in: bytes, pixels, pages, page_seconds, page_memory."
+    ),
+]
+PromptOption = Annotated[str, typer.Option("-p", "--prompt", metavar="TEXT", help="The question, after the pictures.")]
+SystemOption = Annotated[str | None, typer.Option("--system", metavar="TEXT", help="Text of a system turn.")]
+BudgetOption = Annotated[
+    int | None, typer.Option("--image-tokens", metavar="N", help="Token budget of pictures without their own.")
+]
+RawOption = Annotated[bool, typer.Option("--raw", help="Complete the text as it stands, without the chat template.")]
+PanAndScanOption = Annotated[
+    bool, typer.Option("--pan-and-scan", help="Show long pictures in crops too, if the model knows that (Gemma 3).")
+]
+MaxTokensOption = Annotated[int, typer.Option("--max-tokens", metavar="N", help="Most tokens of the reply.")]
+TemperatureOption = Annotated[float | None, typer.Option("--temperature", metavar="F", help="0 is greedy.")]
+TopKOption = Annotated[int | None, typer.Option("--top-k", metavar="N", help="Keep the N best tokens; 0 keeps all.")]
+TopPOption = Annotated[
+    float | None, typer.Option("--top-p", metavar="F", help="Keep the best tokens up to this probability.")
+]
+MinPOption = Annotated[float | None, typer.Option("--min-p", metavar="F", help="Drop tokens below F times the best.")]
+SeedOption = Annotated[int | None, typer.Option("--seed", metavar="N", help="Same seed, same text.")]
+CacheOption = Annotated[
+    Switch, typer.Option("--cache", help="Go on from what earlier requests left, and keep encoded pictures.")
+]
+FeatureCacheOption = Annotated[
+    Path | None, typer.Option("--feature-cache", metavar="DIR", help="Keep encoded pictures in this folder.")
+]
+DeviceOption = Annotated[str, typer.Option("--device", metavar="D", help="auto, cpu, cuda or cuda:N.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
