@@ -17,7 +17,7 @@ import json
 import math
 import re
 import threading
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
@@ -91,8 +91,8 @@ class Grammar:
     def json_schema(cls, schema: Mapping[str, Any] | str) -> Grammar:
         """JSON that is valid by a schema, given as an object or as its text.
 
-        It is written like `json.dumps` does, without further white space. Keywords are those of llguidance; one that
-        it does not know or cannot hold to is an error, never ignored.
+        It is written like `json.dumps` does, without further white space, unless the schema says otherwise in
+        llguidance's "x-guidance". Keywords are those of llguidance; one that it knows and cannot hold to is an error.
         """
         if isinstance(schema, str):
             return cls("json_schema", schema)
@@ -153,12 +153,11 @@ class Constraints:
             ) from None
         text = _as_llguidance(self._detections() if grammar.kind == "detections" else grammar)
         limits = llguidance.LLParserLimits(max_lexer_states=_MAX_LEXER_STATES, verbose_errors=False)
-        matcher = _on_a_deep_stack(
-            lambda adapter: llguidance.LLMatcher(adapter, text, log_level=0, limits=limits), self._adapt()
-        )
+        adapter = self._adapt()
+        matcher = _on_a_deep_stack(lambda: llguidance.LLMatcher(adapter, text, log_level=0, limits=limits))
         if matcher.is_error():
             raise GrammarError(f"the {_KINDS[grammar.kind]} cannot be used: {_message(matcher)}")
-        return Constraint(matcher, self._adapt(), self._vocabulary)
+        return Constraint(matcher, adapter)
 
     def _adapt(self) -> LLTokenizer:
         from llguidance import LLTokenizer, TokenizerWrapper
@@ -166,7 +165,7 @@ class Constraints:
         with self._lock:
             if self._adapter is None:
                 wrapper = TokenizerWrapper(_Vocabulary(self._tokenizer, self._vocabulary, self._stop_ids))
-                self._adapter = LLTokenizer(wrapper, n_vocab=self._vocabulary, eos_token=self._stop_ids)
+                self._adapter = LLTokenizer(wrapper, n_vocab=self._vocabulary, eos_token=self._stop_ids or None)
             return self._adapter
 
     def _detections(self) -> Grammar:
@@ -179,23 +178,28 @@ class Constraints:
         if first is None or ids != list(range(first, first + _LOCATIONS)):
             raise GrammarError("the tokenizer of this bundle does not have <loc0000> to <loc1023>, one after the other")
         place = f"<[{first}-{first + _LOCATIONS - 1}]>"
+        # A label ends at its separator, so the two are one terminal.
         return Grammar.lark(
-            f'start: (box (" ; " box)*)?\nbox: {place} {place} {place} {place} LABEL\nLABEL: / [^ ;<\\n][^;<\\n]*/'
+            "start: (more* last)?\n"
+            "more: box MORE\n"
+            "last: box LAST\n"
+            f"box: {place} {place} {place} {place}\n"
+            "MORE: /( [^ ;<\\n]+)+ ; /\n"
+            "LAST: /( [^ ;<\\n]+)+/"
         )
 
 
 class Constraint:
     """What a grammar allows at one place of one reply. Not shared between threads."""
 
-    def __init__(self, matcher: LLMatcher, adapter: LLTokenizer, vocabulary: int):
+    def __init__(self, matcher: LLMatcher, adapter: LLTokenizer):
         self._matcher = matcher
         self._adapter = adapter
-        self._vocabulary = vocabulary
         self._accepted = 0
 
     def copy(self) -> Constraint:
         """The same place, going on independently."""
-        other = Constraint(self._matcher.deep_copy(), self._adapter, self._vocabulary)
+        other = Constraint(self._matcher.deep_copy(), self._adapter)
         other._accepted = self._accepted
         return other
 
@@ -315,14 +319,14 @@ def _check_multiples(schema: Any) -> None:
     """
     together = 1
     for value in _values_of("multipleOf", schema):
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
             continue  # llguidance says what is wrong with it
-        digits = int("".join(map(str, Decimal(str(value)).as_tuple().digits)).rstrip("0"))
-        together = math.lcm(together, digits)
+        digits = "".join(map(str, Decimal(str(value)).as_tuple().digits)).rstrip("0")
+        together = math.lcm(together, int(digits))
         if together > _MAX_MULTIPLE:
             raise GrammarError(
-                f"the JSON schema cannot be used: the values of 'multipleOf' have a least common multiple of "
-                f"{together}, leading and trailing zeros aside, the limit is {_MAX_MULTIPLE}"
+                f"the JSON schema cannot be used: with {value} the values of 'multipleOf' have a least common multiple "
+                f"above {_MAX_MULTIPLE} (without zeros at the end)"
             )
 
 
@@ -339,22 +343,26 @@ def _values_of(key: str, value: Any) -> Iterator[Any]:
             pending.extend(value)
 
 
-def _on_a_deep_stack(compile, adapter: LLTokenizer) -> LLMatcher:
-    """Call `compile(adapter)` in a thread with room for the recursion that a grammar of the largest size can cause.
+def _on_a_deep_stack(compile: Callable[[], LLMatcher]) -> LLMatcher:
+    """Call `compile` in a thread with room for the recursion that a grammar of the largest size can cause.
 
     llguidance follows references from rule to rule recursively, up to 20 kB deep each time; on a usual stack of 8 MB a
     chain of a thousand references would end the process. The memory is touched, and so taken, only as far as needed.
     """
-    result: list[LLMatcher] = []
+    results: list[LLMatcher] = []
     with _STACK_LOCK:
         before = threading.stack_size(_STACK_BYTES)
         try:
-            thread = threading.Thread(target=lambda: result.append(compile(adapter)), name="siglance-grammar")
+            thread = threading.Thread(target=lambda: results.append(compile()), name="siglance-grammar")
             thread.start()
+        except RuntimeError as error:
+            raise GrammarError(f"the grammar cannot be read: no memory for a stack of {_STACK_BYTES} bytes") from error
         finally:
             threading.stack_size(before)
     thread.join()
-    return result[0]
+    if not results:  # the thread has reported what went wrong
+        raise GrammarError("the grammar cannot be read: llguidance failed")
+    return results[0]
 
 
 def _message(matcher: LLMatcher) -> str:
