@@ -11,6 +11,7 @@ import pytest
 from siglance.engine.image_policy import resize
 from siglance.engine.manifest import SamplingFacts
 from siglance.engine.sampling import Sampler, Sampling, resolve
+from siglance.kernels import logits as rows
 from siglance.kernels import reference, reference_sampling, topk
 from siglance.kernels.patches import patchify
 
@@ -38,17 +39,46 @@ def test_patchify_280_soft_tokens(benchmark, photo):
     np.testing.assert_array_equal(patches.values[order], expected.values)
 
 
-@pytest.mark.parametrize(
-    "sampling",
-    [Sampling(temperature=0), Sampling(seed=1), Sampling(top_k=64, top_p=0.95, seed=1), Sampling(top_p=0.95, seed=1)],
-    ids=["greedy", "plain", "top_k 64, top_p 0.95", "top_p 0.95"],
-)
-def test_sample_from_a_row(benchmark, logits, sampling):
+PENALTIES = {"presence_penalty": 0.5, "frequency_penalty": 0.2, "repetition_penalty": 1.1}
+
+
+STEPS = {
+    "greedy": {"temperature": 0},
+    "plain": {},
+    "temperature 0.7": {"temperature": 0.7},
+    "top_k 64, top_p 0.95": {"top_k": 64, "top_p": 0.95},
+    "top_p 0.95": {"top_p": 0.95},
+    "min_p 0.05": {"min_p": 0.05},
+    "top_k 64, penalties": {"top_k": 64, **PENALTIES},
+    "top_k 64, bias": {"top_k": 64, "logit_bias": dict.fromkeys(range(300), -2.0)},
+    "top_k 64, mask": {"top_k": 64, "mask": 0.5},
+    "all": {"top_k": 64, "top_p": 0.95, "min_p": 0.02, "temperature": 0.7, "mask": 0.5, **PENALTIES},
+}
+
+
+@pytest.mark.parametrize("values", STEPS.values(), ids=STEPS)
+def test_sample_from_a_row(benchmark, logits, values):
+    """One draw; the penalties count a prompt and a reply of 1,000 different tokens."""
     short = logits[:500]
     allowed = reference_sampling.keep_top_k([*enumerate(short.astype(float))], 64)
     assert sorted(topk.top_k(short, 64).tolist()) == sorted(token for token, _ in allowed)
-    token = benchmark(Sampler(resolve(sampling, OFF)), logits)
+    generator = np.random.default_rng(0)
+    share = values.get("mask")
+    bits = None if share is None else np.packbits(generator.random(VOCABULARY) < share, bitorder="little")
+    sampling = Sampling(seed=1, **{name: value for name, value in values.items() if name != "mask"})
+    sampler = Sampler(resolve(sampling, OFF), range(500))
+    for token in range(400, 1000):
+        sampler.add(token)
+    token = benchmark(sampler, logits, bits)
     assert 0 <= token < VOCABULARY
+    assert bits is None or bits[token // 8] >> token % 8 & 1
+
+
+def test_log_probabilities_of_a_row(benchmark, logits):
+    ids = topk.top_k(logits, 20)
+    found = benchmark(rows.log_probabilities, logits, ids)
+    expected = reference_sampling.log_probabilities(logits.astype(float).tolist())
+    np.testing.assert_allclose(found, [expected[id] for id in ids], atol=1e-4)
 
 
 def test_decode_step_of_the_demo(benchmark, engine):

@@ -10,6 +10,8 @@ sampler exceeds with probability 1e-6 per test: a change of generator would fail
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -405,3 +407,11 @@ def test_the_sampler_does_not_change_its_input():
     logits.flags.writeable = False
     Sampler(effective(top_k=40, top_p=0.9, min_p=0.05))(logits)
     assert np.array_equal(logits, before)
+
+
+def test_the_table_of_laws_names_the_tests():
+    folder = Path(__file__).parent
+    tests = "".join(path.read_text(encoding="utf-8") for path in sorted(folder.glob("test_sampling*.py")))
+    laws = set(re.findall(r"^def (test_law_\w+|test_20000_draws\w+)", tests, re.MULTILINE))
+    table = (folder.parent / "kernels" / "README.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"`(test_\w+)` \|$", table, re.MULTILINE)) == laws
