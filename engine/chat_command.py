@@ -114,17 +114,19 @@ class _Loop:
 
     def _say(self, text: str) -> None:
         stream = self._chat.stream([*(part for part, _ in self._attached), Text(text)])
-        visible = sys.stdout.isatty()
+        visible, started = sys.stdout.isatty(), False
         reply: Reply | None = None
         try:
             for chunk in stream:
+                started = True
                 sys.stdout.write(chunk.text.translate(_CONTROLS) if visible else chunk.text)
                 sys.stdout.flush()
                 reply = chunk.reply
         except KeyboardInterrupt:
             stream.close()
         finally:
-            print(flush=True)
+            if started:
+                print(flush=True)
         if reply is None:
             self.note("stopped, this turn is not kept")
             return
