@@ -223,7 +223,8 @@ class Constraint:
         self._check()
         if self.complete:
             for id in stop_ids:
-                bits[id // 8] |= 1 << id % 8
+                if id // 8 < bits.size:  # one beyond the vocabulary cannot be drawn anyway
+                    bits[id // 8] |= 1 << id % 8
         return bits
 
     def forced(self) -> list[int]:

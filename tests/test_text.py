@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from siglance.engine.errors import PromptError
-from siglance.engine.text import TextStream, special_ids
+from siglance.engine.text import TextStream, check_stop, special_ids, token_bytes
 
 from .toy_tokenizer import toy_tokenizer
 
@@ -293,3 +293,31 @@ def test_each_id_is_decoded_at_most_once_in_a_long_reply():
     assert "".join(chunks) == reply_text(ids)
     assert len(ids) == 10_000
     assert tokenizer.decoded <= len(ids)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text("abc", max_size=12), st.lists(st.text("abc", min_size=1, max_size=5), min_size=30, max_size=60))
+def test_law_many_stop_strings_end_the_text_as_each_alone_would(text, stop):
+    """Of all stop strings the one that matches first."""
+    ids = [id for letter in text for id in ids_of(letter)]
+    many = TextStream(TOKENIZER, stop)
+    found = "".join(map(many.push, ids)) + many.finish()
+    assert found == min((reply_text(ids, (string,)) for string in stop), key=len)
+    assert many.stopped == any(string in text for string in stop)
+
+
+def test_stop_strings_in_one_form():
+    assert check_stop("end") == check_stop(["end"]) == ("end",)
+    assert check_stop(()) == ()
+
+
+@settings(max_examples=EXAMPLES, deadline=None)
+@given(st.text(st.sampled_from([*"ab <>\n", "é", "世", "🦝"]), max_size=10))
+def test_law_the_bytes_of_tokens_joined_are_the_text(text):
+    ids = TOKENIZER.encode(text, add_special_tokens=False).ids
+    assert b"".join(token_bytes(TOKENIZER, id) for id in ids).decode() == text
+
+
+def test_ids_without_text_have_no_bytes():
+    assert token_bytes(TOKENIZER, TOKENIZER.get_vocab_size() + 5) == b""
+    assert token_bytes(TOKENIZER, TOKENIZER.token_to_id("<0xFF>")) == b""
