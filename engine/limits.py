@@ -20,8 +20,8 @@ class Limits:
     max_bytes: int = 64 * 2**20  # of one encoded file
     max_pixels: int = 50_000_000  # width * height of one picture: 150 MB of RGB, which phones of today reach
     max_pages: int = 100  # of one document in one request
-    max_page_seconds: float = 20.0  # wall time for opening a document, and for drawing each of its pages
-    max_page_memory: int = 2**30  # bytes of address space of the process that does it, beside the file itself
+    max_page_seconds: float = 10.0  # wall time for opening a document, and for drawing each of its pages
+    max_page_memory: int = 512 * 2**20  # bytes of address space of the process that does it, beside the file itself
 
     def __post_init__(self):
         for field in fields(self):

@@ -16,6 +16,7 @@ Answer: one line of JSON, then pixels where a page was asked for.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sys
@@ -54,7 +55,9 @@ def limit_resources(memory: int, seconds: float) -> None:
     ):
         hard = resource.getrlimit(kind)[1]
         most = most if hard == resource.RLIM_INFINITY else min(most, hard)
-        resource.setrlimit(kind, (most, most))
+        # Systems refuse some of these (macOS that on address space); the time that the asking process watches holds.
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(kind, (most, most))
 
 
 def answer(pypdfium2: Any, question: dict[str, Any], data: bytes, out: BinaryIO) -> None:
