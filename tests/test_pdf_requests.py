@@ -5,6 +5,7 @@ import io
 import json
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -152,13 +153,22 @@ def test_budgets_of_a_page(engine):
 # --- when pages are drawn, and what happens to errors
 
 
-def test_pages_are_drawn_one_at_a_time_between_runs_of_the_vision_tower(engine, drawn):
+def test_pages_are_drawn_one_at_a_time(engine, monkeypatch):
+    """When a page is drawn, the drawing of the page before has gone: all that is left of it is what the tower sees."""
+    alive, drawings = [], []
+    draw = pdf_module.Page.draw
+
+    def watched(page, height, width):
+        alive.append(sum(drawing() is not None for drawing in drawings))
+        pixels = draw(page, height, width)
+        drawings.append(weakref.ref(pixels))
+        return pixels
+
+    monkeypatch.setattr(pdf_module.Page, "draw", watched)
     double, runtime = silent(engine)
-    order = []
-    encode = runtime.encode
-    runtime.encode = lambda *arguments: (order.append(list(drawn)), encode(*arguments))[1]
-    list(double.stream([numbered_pages(3), QUESTION], image_tokens=70))
-    assert order == [[0], [0, 1], [0, 1, 2]]
+    double.generate([numbered_pages(4), QUESTION], image_tokens=70)
+    assert alive == [0, 0, 0, 0]
+    assert runtime.encodes == 4
 
 
 def test_counting_draws_nothing(engine, drawn):
