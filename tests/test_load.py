@@ -23,6 +23,7 @@ pytestmark = pytest.mark.load
 THREADS, REQUESTS = 16, 400
 GROWTH = 30_000_000
 SIZES, LONG_RUN = 200, 1000
+CACHES = {"cache_bytes": 8_000_000, "feature_cache_bytes": 2_000_000}  # full, and evicting, when the warm-up ends
 
 
 def resident_bytes() -> int:
@@ -123,14 +124,14 @@ def run_level(engine: Engine, media: Callable[[int], object], name: str) -> None
 
 def test_memory_is_level_over_many_image_sizes(tmp_path):
     made = pictures(tmp_path)
-    with Engine.open("demo") as engine:
+    with Engine.open("demo", **CACHES) as engine:
         # Every size meets every budget.
         run_level(engine, lambda index: made[(index + index // SIZES) % SIZES], f"{SIZES} image sizes")
 
 
 def test_memory_is_level_with_documents_between(tmp_path):
     made, papers = pictures(tmp_path), documents(tmp_path)
-    with Engine.open("demo") as engine:
+    with Engine.open("demo", **CACHES) as engine:
 
         def media(index: int) -> object:
             return papers[index // 5 % len(papers)] if index % 5 == 0 else made[(index + index // SIZES) % SIZES]
