@@ -223,6 +223,16 @@ def test_facts_of_paligemma(tiny_model):
     assert "512 of them in 2 layers whose window of 8 tokens" in note
 
 
+def test_positions_of_paligemma_count_from_one(tiny_model):
+    """Rotations are relative, so logits cannot tell; rounding can, and the tables say so themselves."""
+    graph = ir.load(tiny_model("paligemma", text="gemma2").bundle.path("decoder")).graph
+    frequencies = 10_000.0 ** (-np.arange(8) / 8)
+    for name, function in (("cos", np.cos), ("sin", np.sin)):
+        table = graph.initializers[f"rope.global.{name}"].const_value.numpy()
+        np.testing.assert_allclose(table[0], function(frequencies), atol=1e-6)
+        np.testing.assert_allclose(table[-1], function(1024 * frequencies), atol=1e-6)
+
+
 def test_facts_of_gemma3(tiny_model):
     model = tiny_model("gemma3_vision")
     manifest = model.bundle.manifest
