@@ -195,6 +195,7 @@ BLOCK_MUTANTS = [
         "all pictures are one": lambda runs, soft: [(runs[0][0], runs[-1][1])] if runs else [],
         "pictures side by side are two": lambda runs, soft: _each(soft),
         "only the first picture is one": lambda runs, soft: runs[:1],
+        "the second one, in 31B a frame of a video, is none": lambda runs, soft: [*runs[:1], *runs[2:]],
         "longer ones than the window are none": lambda runs, soft: [
             (first, end) for first, end in runs if end - first <= WINDOW
         ],

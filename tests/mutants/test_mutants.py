@@ -6,6 +6,8 @@ Rules that no test can break by changing numbers, and what is said of them inste
   shape are refused, which is what those mutants must raise.
 - Positions of PaliGemma: rotary embedding sees differences of positions only, so logits are the same from 0 on; the
   tables themselves are checked. `test_positions_are_relative` shows that.
+- Audio, which forms no blocks, is not an input of any bundle.
+- Pictures of E2B and E4B may be cut anywhere; that they are is part of what is measured of the right build.
 - Softmax over the chosen experts alone is the renormalised softmax over all of them.
 - A picture so thin that a side would vanish has a ratio beyond the budget, so how its ratio is rounded does not matter.
 - Factors in front of a norm (sqrt(hidden) of the tower of E2B, 1 / sqrt(D) of per-layer inputs, the sum of the shares
