@@ -6,13 +6,6 @@ import numpy as np
 import pytest
 from PIL import Image
 from tokenizers import Tokenizer
-from transformers import (
-    Gemma3ImageProcessorPil,
-    Gemma3Processor,
-    PaliGemmaProcessor,
-    PreTrainedTokenizerFast,
-    SiglipImageProcessorPil,
-)
 
 from siglance.engine.manifest import ImageFacts, PanAndScanFacts, PlaceholderFacts, PromptFacts
 from siglance.engine.media import PictureSource
@@ -23,6 +16,9 @@ from siglance.engine.template import ChatTemplate
 from siglance.kernels import geometry
 
 from ..tiny_tokenizer import GEMMA3_TEMPLATE, GEMMA3_TOKENS, write_tokenizer
+
+# The fast suite collects this file in environments without transformers, and deselects all of it.
+transformers = pytest.importorskip("transformers", reason="transformers is in the parity extra only")
 
 pytestmark = pytest.mark.parity
 
@@ -85,10 +81,10 @@ def paligemma(tmp_path_factory):
     write_tokenizer(folder, ("<image>",), 512)
     file = folder / "tokenizer.json"
     special = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>"}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(file), **special)
-    images = SiglipImageProcessorPil(size={"height": 224, "width": 224}, resample=3)
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=str(file), **special)
+    images = transformers.SiglipImageProcessorPil(size={"height": 224, "width": 224}, resample=3)
     images.image_seq_length = 256
-    processor = PaliGemmaProcessor(images, tokenizer)
+    processor = transformers.PaliGemmaProcessor(images, tokenizer)
     saved = folder / "saved"
     processor.tokenizer.save_pretrained(saved)
     return processor, PromptBuilder(Tokenizer.from_file(str(saved / "tokenizer.json")), PALIGEMMA, None)
@@ -150,8 +146,8 @@ def gemma3(tmp_path_factory):
     special = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>"}
     extra = {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"}
     file = str(folder / "tokenizer.json")
-    tokenizer = PreTrainedTokenizerFast(tokenizer_file=file, **special, extra_special_tokens=extra)
-    images = Gemma3ImageProcessorPil(
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=file, **special, extra_special_tokens=extra)
+    images = transformers.Gemma3ImageProcessorPil(
         size={"height": 896, "width": 896},
         resample=2,
         image_mean=[0.5] * 3,
@@ -160,7 +156,7 @@ def gemma3(tmp_path_factory):
         pan_and_scan_max_num_crops=4,
         pan_and_scan_min_ratio_to_activate=1.2,
     )
-    processor = Gemma3Processor(images, tokenizer, chat_template=GEMMA3_TEMPLATE, image_seq_length=256)
+    processor = transformers.Gemma3Processor(images, tokenizer, chat_template=GEMMA3_TEMPLATE, image_seq_length=256)
     prompts = PromptBuilder(Tokenizer.from_file(file), GEMMA3, ChatTemplate(GEMMA3_TEMPLATE), CROPS)
     return processor, prompts
 
