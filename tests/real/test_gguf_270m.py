@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from sentencepiece import sentencepiece_model_pb2 as protocol
 from tokenizers import Tokenizer
 
 from siglance.engine import Engine, Sampling
@@ -26,6 +25,7 @@ from .checkpoint import GGUF_NAME
 
 # The fast suite collects this file in environments without sentencepiece, and deselects all of it.
 sentencepiece = pytest.importorskip("sentencepiece", reason="sentencepiece is in the parity extra only")
+protocol = pytest.importorskip("sentencepiece.sentencepiece_model_pb2", reason="see above")
 
 pytestmark = pytest.mark.real
 
