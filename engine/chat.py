@@ -16,7 +16,7 @@ from .prefix_cache import Pin
 from .prompt import Text
 from .reading import ReadTurn
 from .reply import Chunk, EncodedImage, StageClock, whole_reply
-from .reuse import NO_REUSE, Reuse
+from .reuse import Reuse
 from .sampling import Sampling
 from .seeing import SeenPrompt
 
@@ -120,7 +120,7 @@ class Chat:
         self, parts: PartLike | Sequence[PartLike], image_tokens: int | None, rules: Rules, clock: StageClock
     ) -> Iterator[Chunk]:
         engine, pin = self._engine, Pin()
-        reuse = dataclasses.replace(engine._reuse, pin=pin) if self._cache else NO_REUSE
+        reuse = dataclasses.replace(engine._reuse, pin=pin) if self._cache else engine._reuse.off()
         conversation = [*self._turns, Turn("user", parts)]
         turns = engine._reader.read(conversation, clock, system=self.system, image_tokens=image_tokens)
         asked = engine._see(turns, clock)

@@ -25,7 +25,8 @@ from .pictures import PreparedPicture
 from .prompt import Text
 from .reading import Reader, ReadTurn, count_by_modality, text_ids, tower_identity
 from .reply import Candidate, Chunk, EncodedImage, Reply, StageClock, Usage, whole_reply
-from .reuse import CACHE_BYTES, FEATURE_CACHE_BYTES, FEATURE_FOLDER_BYTES, NO_REUSE, Reuse
+from .rests import Course, find_rests
+from .reuse import CACHE_BYTES, FEATURE_CACHE_BYTES, FEATURE_FOLDER_BYTES, Reuse
 from .runtime import PREFILL_CHUNK, Runtime, Session, SoftTokens
 from .sampling import Effective, Sampling
 from .seeing import SeenPrompt, SeenView, see, see_all
@@ -210,7 +211,7 @@ class Engine:
             conversation, clock, system=system, image_tokens=image_tokens, pan_and_scan=pan_and_scan
         )
         asked = self._see(turns, clock, raw=raw, prompt_ids=prompt_ids)
-        yield from self._answer(asked, rules, clock, self._reuse if cache else NO_REUSE, prefill_chunk)
+        yield from self._answer(asked, rules, clock, self._reuse if cache else self._reuse.off(), prefill_chunk)
 
     generate = whole_reply(stream)
 
@@ -302,10 +303,13 @@ class Engine:
     ) -> Generator[Chunk, None, None]:
         """Answer a prompt."""
         session = self.runtime.session()
-        keys = asked.row_keys()
+        rests = find_rests(asked.prompt.ids, asked.soft_runs, self._hidden, self.manifest.stop_ids)
+        course = reuse.course(session, asked, rests, prefill_chunk)
         with clock.stage("prefill"):
-            cached = reuse.restore(session, keys)
-        logits = self._prefill(session, asked, keys, clock, reuse, prefill_chunk)
+            logits = reuse.restore(session, course)
+            cached = session.length
+        if logits is None:
+            logits = self._prefill(session, asked, course, clock, reuse, prefill_chunk)
         snapshot = session.snapshot() if rules.candidates > 1 else None
         finished: list[Candidate] = []
         last = Chunk("")
@@ -331,7 +335,7 @@ class Engine:
                 lambda text: parse_boxes(text, self.manifest.reply.boxes, [picture.size for picture in asked.pictures]),
             )
             if not index:
-                reuse.keep(session, np.append(keys, candidate.token_ids))
+                reuse.keep_reply(session, course, candidate.token_ids)
             finished.append(candidate)
         yield dataclasses.replace(last, reply=self._reply(finished, asked, rules.effective, clock, cached))
 
@@ -354,31 +358,25 @@ class Engine:
         return EncodedImage(values, picture.size, tower_identity(self.manifest), picture.modality, view.content)
 
     def _soft_tokens(self, asked: SeenPrompt, clock: StageClock, reuse: Reuse, first: int = 0) -> list[SoftTokens]:
-        """The soft tokens of the prompt from row `first` on, which does not part any."""
+        """The soft tokens of the prompt that row `first` or later ones belong to."""
         spans = zip(asked.prompt.spans, asked.views, strict=True)
-        return [SoftTokens(span.start, self._encode(view, clock, reuse)) for span, view in spans if span.start >= first]
+        wanted = [(span.start, view) for span, view in spans if span.start + span.length > first]
+        return [SoftTokens(start, self._encode(view, clock, reuse)) for start, view in wanted]
 
     def _prefill(
-        self, session: Session, asked: SeenPrompt, keys: np.ndarray, clock: StageClock, reuse: Reuse, chunk: int
+        self, session: Session, asked: SeenPrompt, course: Course, clock: StageClock, reuse: Reuse, chunk: int
     ) -> np.ndarray:
-        """Bring the session, which may hold a beginning of the prompt, to its end; returns the logits there.
-
-        Where windows will have evicted by then, the state behind the last picture is kept too: the next question about
-        the same pictures can only go on from there.
-        """
-        ids, spans = asked.prompt.ids, asked.prompt.spans
+        """Bring the session, which may hold a beginning of the prompt, to its end; returns the logits there."""
         soft = self._soft_tokens(asked, clock, reuse, session.length)
-        keeps = spans and reuse.keeps_states and session.evicts(len(ids))
-        behind = spans[-1].start + spans[-1].length if keeps else 0
         logits = np.empty(0, np.float32)
-        for stop in sorted({behind, len(ids)}):
-            if stop <= session.length:
-                continue
-            with clock.stage("prefill"):
-                with self._turn:
-                    self._require_open()
-                    logits = session.prefill(ids[:stop], soft, chunk=chunk, first=session.length)
-                reuse.keep(session, keys)
+        for stop in course.stops:
+            if stop > session.length:
+                with clock.stage("prefill"):
+                    with self._turn:
+                        self._require_open()
+                        ids = asked.prompt.ids[:stop]
+                        logits = session.prefill(ids, soft, chunk=chunk, first=session.length)
+                    reuse.keep(session, course, logits)
         return logits
 
     def _extend(self, session: Session, chunk: int, tokens: Sequence[int]) -> np.ndarray:

@@ -2,6 +2,10 @@
 
 A prompt is compared row by row. The key of a text row is its token id. The key of a soft row stands for all the pixels
 that the vision tower saw, so two pictures never match, and one picture matches itself whatever file it came from.
+
+How a prompt is cut into runs changes its states by rounding. Where that matters, the stops between the runs are
+compared too: a state is then used only behind a stop up to which both prompts were cut alike, and is bit for bit what
+running the rows again would give.
 """
 
 from __future__ import annotations
@@ -61,10 +65,11 @@ def _runs(soft: Sequence[SoftRows]) -> list[tuple[int, list[SoftRows]]]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Match:
-    """The first `length` tokens of `snapshot` are those of the prompt."""
+    """The first `length` tokens of `snapshot` are those of the prompt; `logits` if they are all of it."""
 
     snapshot: Snapshot
     length: int
+    logits: np.ndarray | None = None
 
 
 class Pin:
@@ -75,17 +80,37 @@ class Pin:
 class _Entry:
     keys: np.ndarray
     snapshot: Snapshot
+    stops: tuple[int, ...] | None
+    logits: np.ndarray | None
     pins: weakref.WeakSet[Pin] = field(default_factory=weakref.WeakSet)
 
     @property
     def nbytes(self) -> int:
-        return self.keys.nbytes + self.snapshot.nbytes
+        return self.keys.nbytes + self.snapshot.nbytes + (0 if self.logits is None else self.logits.nbytes)
 
     def covers(self, other: _Entry) -> bool:
-        """Whether `other` could be made from this entry."""
+        """Whether the state of `other` could be cut out of this entry."""
         length = other.snapshot.length
-        within = self.snapshot.shortest <= length <= self.snapshot.length
-        return within and np.array_equal(self.keys[:length], other.keys)
+        if not self.snapshot.shortest <= other.snapshot.shortest or length > self.snapshot.length:
+            return False
+        if length == self.snapshot.length and other.logits is not None and self.logits is None:
+            return False
+        alike = other.stops is None or (self.stops is not None and self.stops[: len(other.stops)] == other.stops)
+        return alike and np.array_equal(self.keys[:length], other.keys)
+
+    def usable(self, keys: np.ndarray, stops: Sequence[int] | None) -> int:
+        """How many rows of a prompt the entry saves."""
+        if self.logits is not None and self.stops == _tuple(stops) and np.array_equal(self.keys, keys):
+            return len(keys)
+        compared = min(len(self.keys), len(keys) - 1)
+        differ = np.flatnonzero(self.keys[:compared] != keys[:compared])
+        length = int(differ[0]) if len(differ) else compared
+        if stops is not None:
+            length = _last_common_stop(self.stops or (), stops, length)
+        elif length and keys[length - 1] < 0 and keys[length] < 0:
+            text = np.flatnonzero(keys[:length] >= 0)
+            length = int(text[-1]) + 1 if len(text) else 0
+        return length if length >= self.snapshot.shortest else 0
 
 
 class PrefixCache:
@@ -107,30 +132,41 @@ class PrefixCache:
         """Bytes held."""
         return sum(entry.nbytes for entry in self._entries)
 
-    def find(self, keys: np.ndarray) -> Match | None:
-        """The longest usable beginning of a prompt with these row keys.
+    def find(self, keys: np.ndarray, stops: Sequence[int] | None = None) -> Match | None:
+        """The longest usable beginning of a prompt with these row keys, or all of it if its logits are known.
 
-        At least one row is left to run, because the logits of the last one are wanted, and a run of soft tokens is
-        never parted.
+        Otherwise at least one row is left to run, because the logits of the last one are wanted. A run of soft tokens
+        is not parted. With `stops`, the rows behind which the prompt's runs end, a state is used behind a stop only.
         """
         with self._lock:
-            lengths = [_usable(entry, keys) for entry in self._entries]
+            lengths = [entry.usable(keys, stops) for entry in self._entries]
             best = max(range(len(lengths)), key=lambda index: (lengths[index], index), default=None)
             if best is None or lengths[best] == 0:
                 return None
             entry = self._entries.pop(best)
             self._entries.append(entry)
-            return Match(entry.snapshot, lengths[best])
+            return Match(entry.snapshot, lengths[best], entry.logits if lengths[best] == len(keys) else None)
 
-    def add(self, keys: np.ndarray, snapshot: Snapshot, pin: Pin | None = None) -> None:
-        """Keep the state after the rows with these keys.
+    def add(
+        self,
+        keys: np.ndarray,
+        snapshot: Snapshot,
+        pin: Pin | None = None,
+        *,
+        stops: Sequence[int] | None = None,
+        logits: np.ndarray | None = None,
+    ) -> None:
+        """Keep the state after the rows with these keys, which were run in runs that end behind `stops`.
 
-        Entries that could be cut out of another one are not kept beside it.
+        `logits` are those behind the last row. Entries that could be cut out of another one are not kept beside it.
         """
         keys = keys[: snapshot.length].copy()
         if len(keys) != snapshot.length:
             raise ValueError(f"{len(keys)} row keys for a state of {snapshot.length} tokens")
-        new = _Entry(keys, snapshot)
+        if logits is not None:
+            logits = logits.copy()
+            logits.flags.writeable = False
+        new = _Entry(keys, snapshot, _tuple(stops), logits)
         if new.nbytes > self.max_bytes or not snapshot.length:
             return
         with self._lock:
@@ -160,12 +196,15 @@ class PrefixCache:
             del self._entries[victim]
 
 
-def _usable(entry: _Entry, keys: np.ndarray) -> int:
-    """How many rows of a prompt the entry saves."""
-    compared = min(len(entry.keys), len(keys) - 1)
-    differ = np.flatnonzero(entry.keys[:compared] != keys[:compared])
-    length = int(differ[0]) if len(differ) else compared
-    if length and keys[length - 1] < 0 and keys[length] < 0:
-        text = np.flatnonzero(keys[:length] >= 0)
-        length = int(text[-1]) + 1 if len(text) else 0
-    return length if length >= entry.snapshot.shortest else 0
+def _last_common_stop(first: Sequence[int], second: Sequence[int], most: int) -> int:
+    """The last stop, at most `most`, up to which both are cut alike; 0 if there is none."""
+    last = 0
+    for stop, other in zip(first, second, strict=False):
+        if stop != other or stop > most:
+            break
+        last = stop
+    return last
+
+
+def _tuple(stops: Sequence[int] | None) -> tuple[int, ...] | None:
+    return None if stops is None else tuple(stops)

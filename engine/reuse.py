@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,9 +14,11 @@ from .feature_cache import FeatureCache, FeatureFolder
 from .manifest import Manifest
 from .prefix_cache import Pin, PrefixCache
 from .reading import tower_identity
+from .rests import Course, Rests
 from .runtime import Session
+from .seeing import SeenPrompt
 
-__all__ = ["CACHE_BYTES", "FEATURE_CACHE_BYTES", "FEATURE_FOLDER_BYTES", "NO_REUSE", "Reuse"]
+__all__ = ["CACHE_BYTES", "FEATURE_CACHE_BYTES", "FEATURE_FOLDER_BYTES", "Reuse"]
 
 CACHE_BYTES = 512 * 2**20  # of decoder states
 FEATURE_CACHE_BYTES = 128 * 2**20  # of soft tokens in memory
@@ -25,11 +29,14 @@ FEATURE_FOLDER_BYTES = 2**30  # of soft tokens on disk
 class Reuse:
     """Where a request looks for what earlier ones left, and leaves something for later ones.
 
-    `pin` holds the states that are left.
+    `pin` holds the states that are left. In `exact` reuse states serve only where they are bit for bit what running the
+    rows again would give. With quantised or half-precision matrices rounding grows into other words, so that a reply
+    would depend on what ran before; in float32 it stays rounding, and any beginning of a prompt serves.
     """
 
     prefixes: PrefixCache
     features: FeatureCache
+    exact: bool = True
     pin: Pin | None = None
 
     @classmethod
@@ -55,30 +62,51 @@ class Reuse:
         folder = None
         if feature_cache_dir is not None:
             folder = FeatureFolder(feature_cache_dir, tower_identity(manifest), feature_cache_dir_bytes)
-        return cls(PrefixCache(cache_bytes if reusable else 0), FeatureCache(feature_cache_bytes, folder))
+        return cls(
+            PrefixCache(cache_bytes if reusable else 0),
+            FeatureCache(feature_cache_bytes, folder),
+            exact=manifest.precision != "fp32",
+        )
 
-    @property
-    def keeps_states(self) -> bool:
-        return self.prefixes.max_bytes > 0
+    def off(self) -> Reuse:
+        """For a request that neither takes nor leaves anything."""
+        return dataclasses.replace(self, prefixes=PrefixCache(0), features=FeatureCache(0))
 
-    def restore(self, session: Session, keys: np.ndarray) -> int:
-        """Bring an empty session as far into a prompt with these row keys as possible; returns how far."""
-        match = self.prefixes.find(keys)
+    def course(self, session: Session, asked: SeenPrompt, rests: Rests, chunk: int) -> Course:
+        """How to run a prompt, at most `chunk` rows at once. With and without caches it is the same in exact reuse."""
+        length = len(asked.prompt.ids)
+        evicts = session.evicts(length)
+        if self.exact:
+            stops = session.run_ends([*rests.all, length], asked.soft_runs, chunk)
+        else:
+            # Without eviction any beginning can be cut out of the state at the end.
+            stops = [*(rests.shared if evicts and self.prefixes.max_bytes else []), length]
+        kept = {*(rests.shared if evicts else []), length}
+        return Course(asked.row_keys(), tuple(stops), frozenset(kept))
+
+    def restore(self, session: Session, course: Course) -> np.ndarray | None:
+        """Bring an empty session as far into a prompt as possible; the logits behind it if that is all of it."""
+        match = self.prefixes.find(course.keys, course.stops if self.exact else None)
         if match is None:
-            return 0
+            return None
         session.restore(match.snapshot, match.length)
-        return match.length
+        return match.logits
 
-    def keep(self, session: Session, keys: np.ndarray) -> None:
-        """Keep the state of a session whose rows have these keys; keys of what has not run may follow."""
-        if self.keeps_states:
-            self.prefixes.add(keys, session.snapshot(), self.pin)
+    def keep(self, session: Session, course: Course, logits: np.ndarray) -> None:
+        """Keep the state of a session that has come to a stop of its course, if it is one to keep it at."""
+        if self.prefixes.max_bytes and session.length in course.kept:
+            stops = [stop for stop in course.stops if stop <= session.length] if self.exact else None
+            snapshot = session.snapshot()
+            last = logits if session.length == course.stops[-1] else None
+            self.prefixes.add(course.keys, snapshot, self.pin, stops=stops, logits=last)
+
+    def keep_reply(self, session: Session, course: Course, ids: Sequence[int]) -> None:
+        """Keep the state behind a reply of these ids, of which the last may not have run."""
+        # Tokens that run one by one leave another state than tokens of a prompt.
+        if self.prefixes.max_bytes and not self.exact:
+            self.prefixes.add(np.append(course.keys, ids), session.snapshot(), self.pin)
 
     def clear(self) -> None:
         """Forget everything; files stay."""
         self.prefixes.clear()
         self.features.clear()
-
-
-NO_REUSE = Reuse(PrefixCache(0), FeatureCache(0))
-"""For requests that neither take nor leave anything."""

@@ -172,6 +172,16 @@ class Session:
     def state_bytes(self) -> int:
         return self._state.nbytes
 
+    def run_ends(self, stops: Sequence[int], soft: Sequence[tuple[int, int]], chunk: int) -> list[int]:
+        """The ends of all runs of a prompt of which every part up to one of `stops` is prefilled by itself.
+
+        `soft` are its runs of soft tokens, first row and end; the last stop is its length.
+        """
+        blocks = soft if "attention:image_blocks" in self._runtime.manifest.requires else []
+        starts = [0, *stops[:-1]]
+        spans = (chunk_spans(stop, chunk, blocks, start) for start, stop in zip(starts, stops, strict=True))
+        return [end for part in spans for _, end in part]
+
     def evicts(self, length: int) -> bool:
         """Whether a state of this length can no more be cut back."""
         return self._state.evicts(length)

@@ -45,6 +45,15 @@ class SeenPrompt:
     pictures: Sequence[PreparedPicture]
     views: Sequence[SeenView]
 
+    @property
+    def soft_runs(self) -> list[tuple[int, int]]:
+        """First row and end of each longest run of soft tokens."""
+        runs: list[tuple[int, int]] = []
+        for span in self.prompt.spans:
+            first = runs.pop()[0] if runs and runs[-1][1] == span.start else span.start
+            runs.append((first, span.start + span.length))
+        return runs
+
     def row_keys(self) -> np.ndarray:
         """What the rows are known by in the cache: int64 [L]."""
         spans = zip(self.prompt.spans, self.views, strict=True)

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 import numpy as np
 
 from siglance.engine import Bundle, Engine
-from siglance.engine.reuse import NO_REUSE
 from siglance.engine.runtime import SoftTokens
 from siglance.engine.self_test import formula_picture
 
@@ -95,7 +94,7 @@ def scripted(engine: Engine, script: Sequence[int], **faults: dict) -> tuple[Eng
     runtime = ScriptedRuntime(engine.runtime, script, **faults)
     double = copy.copy(engine)
     double._runtime = runtime
-    double._reuse = NO_REUSE
+    double._reuse = engine._reuse.off()
     return double, runtime
 
 

@@ -154,6 +154,58 @@ def test_law_what_is_found_is_the_best_of_what_was_added(added, wanted):
     assert (match.length if match else 0) == best
 
 
+def test_with_its_logits_a_whole_prompt_is_found():
+    """Case 35: a hit of the exact full prompt leaves nothing to run."""
+    cache = PrefixCache(LOTS)
+    logits = np.arange(5, dtype=np.float32)
+    cache.add(text(1, 2, 3), snapshot(3, evicted=True), logits=logits)
+    match = cache.find(text(1, 2, 3))
+    assert match.length == 3
+    np.testing.assert_array_equal(match.logits, logits)
+    logits[:] = 0
+    assert match.logits[4] == 4
+    assert not match.logits.flags.writeable
+    assert (cache.find(text(1, 2, 3, 4)).length, cache.find(text(1, 2, 3, 4)).logits) == (3, None)
+    cache.add(text(1, 2, 3), snapshot(3, evicted=True))  # without logits it is less
+    assert cache.find(text(1, 2, 3)).logits is not None
+    assert cache.nbytes == 3 * 8 + 5 * 4
+
+
+def test_behind_stops_only():
+    """A state serves where both prompts were cut alike up to there."""
+    cache = PrefixCache(LOTS)
+    cache.add(text(*range(10)), snapshot(10), stops=[4, 7, 10], logits=np.zeros(2, np.float32))
+    for stops, length in (
+        ([4, 7, 10], 10),  # the same prompt
+        ([4, 7, 9, 10], 7),
+        ([4, 8, 10], 4),
+        ([3, 4, 7, 10], 0),
+        ([10], 0),
+    ):
+        match = cache.find(text(*range(10)), stops)
+        assert (match.length if match else 0) == length
+    for ids, stops, length in (
+        ((0, 1, 2, 3, 4, 99), [4, 6], 4),
+        ((0, 1, 2, 99, 4, 5, 6, 7), [4, 7, 8], 0),
+        ((0, 1, 2, 3, 4, 5, 6, 99, 98), [4, 7, 9], 7),
+        (tuple(range(13)), [4, 7, 10, 13], 10),
+        ((0, 1, 2, 3), [4], 0),  # its last row is wanted
+    ):
+        match = cache.find(text(*ids), stops)
+        assert (match.length if match else 0) == length
+
+
+def test_stops_decide_what_covers_what():
+    cache = PrefixCache(LOTS)
+    cache.add(text(1, 2, 3), snapshot(3), stops=[2, 3])
+    cache.add(text(1, 2, 3, 4), snapshot(4), stops=[2, 4])
+    assert len(cache) == 2
+    cache.add(text(1, 2, 3, 4, 5), snapshot(5), stops=[2, 3, 5])
+    assert len(cache) == 2
+    assert cache.find(text(1, 2, 3, 4, 9), [2, 3, 5]).length == 3
+    assert cache.find(text(1, 2, 3, 4, 9), [2, 4, 5]).length == 4
+
+
 # --- what is kept
 
 
