@@ -23,7 +23,7 @@ _SLICE = 1 << 16
 # Where the largest weight of a block may land, in codes relative to the zero point. The first two are the scales of
 # plain rounding, with and without the code that has no opposite; beyond the end of the range the weight is clipped.
 _PLACES = {
-    4: (-7.0, -8.0, *(np.arange(-9.2, -7.0, 0.2).round(1).tolist())),
+    4: (-7.0, -8.0, -7.4, -7.8, -8.2, -8.6, -9.0),
     8: (-127.0, -128.0, -126.0, -129.0, -131.0, -133.0),
 }
 _POLISH = 2  # rounds of fitting scale and codes to each other
