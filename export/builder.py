@@ -17,9 +17,10 @@ import onnx_ir as ir
 from ..engine.errors import ExportError
 from .plan import Plan
 
-__all__ = ["BOOL", "FLOAT", "FLOAT16", "INT32", "INT64", "MICROSOFT", "UINT8", "GraphBuilder", "WeightsFile"]
+__all__ = ["BOOL", "DOUBLE", "FLOAT", "FLOAT16", "INT32", "INT64", "MICROSOFT", "UINT8", "GraphBuilder", "WeightsFile"]
 
 FLOAT, FLOAT16, BOOL = ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BOOL
+DOUBLE = ir.DataType.DOUBLE
 INT32, INT64, UINT8 = ir.DataType.INT32, ir.DataType.INT64, ir.DataType.UINT8
 MICROSOFT = "com.microsoft"
 

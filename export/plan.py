@@ -60,7 +60,7 @@ class Plan:
 
     def storage(self, key: str, graph: str, columns: int) -> Storage:
         """The format of matrix `key` [rows, columns], a part of the graph called `graph`."""
-        bits = self.chosen.get(key, self.vision_bits if graph == "vision" else self.decoder_bits)
+        bits = self.chosen.get(key, self.vision_bits if graph in ("vision", "audio") else self.decoder_bits)
         if bits < 16:
             for block in _BLOCKS[bits]:
                 if columns % block == 0:

@@ -11,7 +11,18 @@ from typing import Any
 from ...engine.errors import ExportError
 from . import ConfigReader
 
-__all__ = ["Config", "ExpertFacts", "LayerFacts", "PatchConfig", "TextConfig", "VisionConfig", "read", "read_unified"]
+__all__ = [
+    "Config",
+    "ConformerConfig",
+    "ExpertFacts",
+    "FrameConfig",
+    "LayerFacts",
+    "PatchConfig",
+    "TextConfig",
+    "VisionConfig",
+    "read",
+    "read_unified",
+]
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 
@@ -87,11 +98,38 @@ class PatchConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class ConformerConfig:
+    """The audio tower of E2B and E4B. A row sees itself and the `window` - 1 rows before it."""
+
+    hidden: int
+    layers: int
+    heads: int
+    channels: tuple[int, int]  # of the two convolutions in front
+    kernel: int  # rows that the convolution of each layer sees
+    window: int
+    soft_cap: float
+    residual: float  # share of each feed-forward step that is added
+    output: int  # width before the projection
+    clipped: bool
+
+
+@dataclass(frozen=True, slots=True)
+class FrameConfig:
+    """Sound without a tower (12B): one linear layer over frames of `samples` samples."""
+
+    samples: int
+
+
+@dataclass(frozen=True, slots=True)
 class Config:
     text: TextConfig
     vision: VisionConfig | PatchConfig | None
+    audio: ConformerConfig | FrameConfig | None
     media_ids: dict[str, int]  # placeholder ids: image, video, audio
-    has_audio: bool
+
+    @property
+    def has_audio(self) -> bool:
+        return self.audio is not None
 
 
 def read(values: dict[str, Any]) -> Config:
@@ -100,14 +138,14 @@ def read(values: dict[str, Any]) -> Config:
     media_ids = _read_media_ids(reader)
     if values.get("model_type") == "gemma4_text":
         text = _read_text(reader, reader.flag("tie_word_embeddings", True), has_image=False)
-        return Config(text=text, vision=None, media_ids=media_ids, has_audio=False)
-    has_image = reader.optional("vision_config") is not None
+        return Config(text=text, vision=None, audio=None, media_ids=media_ids)
+    has_image, has_audio = (reader.optional(f"{kind}_config") is not None for kind in ("vision", "audio"))
     tied = reader.flag("tie_word_embeddings", True)
     return Config(
         text=_read_text(reader.section("text_config"), tied, has_image=has_image),
         vision=_read_vision(reader.section("vision_config")) if has_image else None,
+        audio=_read_conformer(reader.section("audio_config")) if has_audio else None,
         media_ids=media_ids,
-        has_audio=reader.optional("audio_config") is not None,
     )
 
 
@@ -117,13 +155,13 @@ def read_unified(values: dict[str, Any]) -> Config:
     tied, media_ids = reader.flag("tie_word_embeddings", True), _read_media_ids(reader)
     if values.get("model_type") == "gemma4_unified_text":
         text = _read_text(reader, tied, has_image=False, unified=True)
-        return Config(text=text, vision=None, media_ids=media_ids, has_audio=False)
-    has_image = reader.optional("vision_config") is not None
+        return Config(text=text, vision=None, audio=None, media_ids=media_ids)
+    has_image, has_audio = (reader.optional(f"{kind}_config") is not None for kind in ("vision", "audio"))
     return Config(
         text=_read_text(reader.section("text_config"), tied, has_image=has_image, unified=True),
         vision=_read_patches(reader.section("vision_config")) if has_image else None,
+        audio=_read_frames(reader.section("audio_config")) if has_audio else None,
         media_ids=media_ids,
-        has_audio=reader.optional("audio_config") is not None,
     )
 
 
@@ -319,3 +357,37 @@ def _read_patches(reader: ConfigReader) -> PatchConfig:
         pool=reader.integer("pooling_kernel_size", 3),
         table=reader.integer("mm_posemb_size", 1120),
     )
+
+
+def _read_conformer(reader: ConfigReader) -> ConformerConfig:
+    reader.expect("hidden_act", (None, "silu"))
+    reader.expect("attention_context_right", (None, 0))
+    reader.expect("gradient_clipping", (None, 1e10))  # no float32 reaches it
+    reader.expect_epsilon(1e-6)
+    # Gemma4AudioRelPositionalEncoding has no other distances than those of one block.
+    window = reader.integer("attention_context_left", 13) - 1
+    reader.expect("attention_chunk_size", (window, *((None,) if window == 12 else ())))
+    channels: list[Any] = reader.strings("subsampling_conv_channels", [128, 32])
+    # Gemma4AudioSubSampleConvProjection takes the first for the number of mel filters.
+    if len(channels) != 2 or channels[0] != 128 or not (type(channels[1]) is int and channels[1] > 0):
+        raise ExportError(f"{reader.where}: subsampling_conv_channels = {channels!r} must be 128 and another number")
+    hidden, heads = reader.integer("hidden_size", 1024), reader.integer("num_attention_heads", 8)
+    if hidden % 2 or heads < 1 or hidden % heads:
+        raise ExportError(f"{reader.where}: hidden_size = {hidden} cannot be cut into {heads} heads")
+    return ConformerConfig(
+        hidden=hidden,
+        layers=reader.integer("num_hidden_layers", 12),
+        heads=heads,
+        channels=(128, channels[1]),
+        kernel=reader.integer("conv_kernel_size", 5),
+        window=window,
+        soft_cap=reader.number("attention_logit_cap", 50.0),
+        residual=reader.number("residual_weight", 0.5),
+        output=reader.integer("output_proj_dims", 1536),
+        clipped=reader.flag("use_clipped_linears", True),
+    )
+
+
+def _read_frames(reader: ConfigReader) -> FrameConfig:
+    reader.expect_epsilon(1e-6)
+    return FrameConfig(samples=reader.integer("audio_embed_dim", 640))
