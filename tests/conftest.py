@@ -12,7 +12,7 @@ from siglance.engine.bundle import Bundle
 from siglance.engine.runtime import Runtime
 from siglance.export.exporter import export
 
-from . import tiny, tiny_gemma4_large, tiny_siglip
+from . import tiny, tiny_gemma4_audio, tiny_gemma4_large, tiny_siglip
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., TinyMo
             folder = tmp_path_factory.mktemp(family)
             checkpoint = folder / "checkpoint"
             name = f"write_{family}"
-            writers = {**vars(tiny_siglip), **vars(tiny_gemma4_large), **vars(tiny)}
+            writers = {**vars(tiny_siglip), **vars(tiny_gemma4_audio), **vars(tiny_gemma4_large), **vars(tiny)}
             writers[name](checkpoint, **arguments)
             export(checkpoint, folder / "bundle")
             bundle = Bundle.open(folder / "bundle")

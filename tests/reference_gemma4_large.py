@@ -19,20 +19,22 @@ SLIDING, FULL = "sliding_attention", "full_attention"
 
 
 def logits(weights: Weights, config: Config, input_ids: Sequence[int], soft_tokens: Sequence[Array] = ()) -> Array:
-    """Logits [L, V]; `input_ids` hold the image or video id once per soft token, `soft_tokens` [n, D] one per medium.
+    """Logits [L, V]; `input_ids` hold the id of the medium once per soft token, `soft_tokens` [n, D] one per medium.
 
-    Soft tokens replace the (scaled) embeddings of those rows unscaled.
+    Soft tokens replace the (scaled) embeddings of those rows unscaled. Those of images and videos see each other, those
+    of sounds do not.
     """
     text = config["text_config"]
     ids = np.asarray(input_ids)
     table = weights["model.language_model.embed_tokens.weight"]
-    media = np.isin(ids, [config["image_token_id"], config["video_token_id"]])
+    vision = np.isin(ids, [config["image_token_id"], config["video_token_id"]])
+    media = vision | (ids == config["audio_token_id"])
     x = table[np.where(media, text.get("pad_token_id", 0), ids)] * np.sqrt(text["hidden_size"])
     if media.any():
         x[media] = np.concatenate(soft_tokens)
     default = "vision" if config["model_type"] == "gemma4_unified" else None
     bidirectional = text.get("use_bidirectional_attention", default) == "vision"
-    blocks = vision_blocks(media) if bidirectional else np.full(len(ids), -1)
+    blocks = vision_blocks(vision) if bidirectional else np.full(len(ids), -1)
     for layer, kind in enumerate(text["layer_types"]):
         x = decoder_layer(x, weights, f"model.language_model.layers.{layer}", text, kind, mask(text, kind, blocks))
     x = base.rms_norm(x, weights["model.language_model.norm.weight"])

@@ -193,18 +193,18 @@ def gemma3_attention(x: Array, weights: Weights, prefix: str, config: Config, ki
 def gemma4_text_logits(
     weights: Weights, config: Config, input_ids: Sequence[int], soft_tokens: Sequence[Array] = ()
 ) -> Array:
-    """Logits [L, V] of `Gemma4ForConditionalGeneration`; `soft_tokens` are one [n / 9, D] per image, in order.
+    """Logits [L, V] of `Gemma4ForConditionalGeneration`; `soft_tokens` are one [n, D] per picture or clip, in order.
 
-    `input_ids` hold the image id once per soft token. Soft tokens replace the (scaled) embedding of those rows
+    `input_ids` hold the image or audio id once per soft token. Soft tokens replace the (scaled) embedding of those rows
     unscaled, and enter causally like any token. The logits are capped at `final_logit_softcapping`.
     """
     text = config["text_config"]
     ids = np.asarray(input_ids)
     table = weights["model.language_model.embed_tokens.weight"]
     x = table[without_media(config, ids)] * np.sqrt(text["hidden_size"])
-    is_image = ids == config["image_token_id"]
-    if is_image.any():
-        x[is_image] = np.concatenate(soft_tokens)
+    is_soft = np.isin(ids, [config["image_token_id"], config["audio_token_id"]])
+    if is_soft.any():
+        x[is_soft] = np.concatenate(soft_tokens)
     per_layer_inputs = gemma4_per_layer_inputs(weights, config, ids, x)  # [L, layers, P]
     keys_values: dict[str, tuple[Array, Array]] = {}
     for layer, kind in enumerate(text["layer_types"]):
