@@ -29,22 +29,27 @@ _REPLACEMENT = "\ufffd"
 _BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
 
 
-def load_tokenizer(path: Path, text_tokens: Collection[str] = ()) -> Tokenizer:
+def load_tokenizer(path: Path, text_tokens: Collection[str] = (), control_tokens: Collection[str] = ()) -> Tokenizer:
     """Read a tokenizer.json. Those of `text_tokens` that it knows become tokens that are written and read as text.
 
     Special tokens would be no part of replies and could not be written in prompts; tokens of the vocabulary that are
-    not among the added tokens would be spelled out in characters. Raises BundleError when the file cannot be read.
+    not among the added tokens would be spelled out in characters. Those of `control_tokens` that it knows become
+    special tokens, whatever the file calls them. Raises BundleError when the file cannot be read.
     """
     try:
         tokenizer = Tokenizer.from_file(str(path))
         added = {token.content: token.special for token in tokenizer.get_added_tokens_decoder().values()}
-        if any(added.get(name) for name in text_tokens):
+        if any(added.get(name) for name in text_tokens) or not all(added.get(name, True) for name in control_tokens):
             facts = json.loads(path.read_text(encoding="utf-8"))
             for token in facts["added_tokens"]:
-                token["special"] = token["special"] and token["content"] not in text_tokens
+                control = token["content"] in control_tokens
+                token["special"] = control or (token["special"] and token["content"] not in text_tokens)
+                token["normalized"] = token["normalized"] and not control
             tokenizer = Tokenizer.from_str(json.dumps(facts))
         missing = [name for name in text_tokens if name not in added and tokenizer.token_to_id(name) is not None]
         tokenizer.add_tokens([AddedToken(name, normalized=False) for name in missing])
+        missing = [name for name in control_tokens if name not in added and tokenizer.token_to_id(name) is not None]
+        tokenizer.add_special_tokens([AddedToken(name, normalized=False) for name in missing])
         return tokenizer
     except Exception as error:  # tokenizers raises plain Exception
         raise BundleError(f"{path.name} cannot be read: {error}") from None
@@ -120,6 +125,12 @@ class TextStream:
         if byte is not None:
             return self._matcher.push(self._run.push(byte))
         return self._matcher.push(self._run.end() + self._tokenizer.decode([id], skip_special_tokens=False))
+
+    def insert(self, text: str) -> str:
+        """Add text that no ids spell, such as what a call that cannot be read looks like."""
+        if self.stopped:
+            return ""
+        return self._matcher.push(self._run.end() + text)
 
     def finish(self) -> str:
         """The reply is over: returns the held-back tail, without an unfinished last character."""
