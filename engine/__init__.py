@@ -9,7 +9,7 @@ from .errors import SiglanceError
 from .grammar import Grammar
 from .limits import Limits
 from .logprobs import Logprob
-from .parts import Image, Pdf, Turn
+from .parts import Image, Pdf, Turn, Video
 from .prompt import Text
 from .reply import Candidate, Chunk, EncodedImage, Reply, Timings, Usage
 from .sampling import Sampling
@@ -34,5 +34,6 @@ __all__ = [
     "Timings",
     "Turn",
     "Usage",
+    "Video",
     "errors",
 ]

@@ -239,6 +239,8 @@ class Engine:
             raise InputError("encode takes a picture, not text")
         clock = StageClock()
         pictures = self._reader.read_media(part, clock, image_tokens)
+        if any(picture.medium.kind != "image" for picture in pictures):
+            raise InputError(f"encode takes one picture, not a {pictures[0].modality}")
         if len(pictures) > 1:
             raise InputError(f"encode takes one picture, not a document of {len(pictures)} pages: choose one with Pdf")
         return self._encoded_image(pictures[0], see(pictures[0], 0, self.manifest.image, clock), clock, self._reuse)

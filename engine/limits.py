@@ -12,7 +12,9 @@ __all__ = ["DEFAULT_LIMITS", "Limits", "read_limits"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """Limits on pictures and documents. They are checked before anything is decoded, and errors name value and limit.
+    """Limits on pictures, documents and videos.
+
+    They are checked before anything is decoded, and errors name value and limit.
 
     Raises InputError for a limit that is not a positive number.
     """
@@ -22,11 +24,18 @@ class Limits:
     max_pages: int = 100  # of one document in one request
     max_page_seconds: float = 10.0  # wall time for opening a document, and for drawing each of its pages
     max_page_memory: int = 512 * 2**20  # bytes of address space of the process that does it, beside the file itself
+    max_video_bytes: int = (
+        2**30
+    )  # of one encoded video: phones write 100 to 400 MB a minute; files are not held in memory
+    # Of one video: what the models were made for is a minute at one frame a second. Longer clips are thinned evenly.
+    max_frames: int = 60
+    max_video_seconds: float = 60.0  # wall time for a look through a video, and for decoding up to 64 MB of its frames
+    max_video_memory: int = 2**30  # bytes of address space of the process that does it, beside a video given as bytes
 
     def __post_init__(self):
         for field in fields(self):
             value = getattr(self, field.name)
-            whole = field.name != "max_page_seconds"
+            whole = not field.name.endswith("_seconds")
             numbers = (int,) if whole else (int, float)
             # The comparison is this way round so that NaN fails it.
             if isinstance(value, bool) or not isinstance(value, numbers) or not value > 0:
@@ -51,7 +60,7 @@ def read_limits(assignments: Iterable[str]) -> Limits:
             raise InputError(f"there is no limit {name!r}; the limits are {', '.join(kinds)}")
         field = kinds[name]
         try:
-            values[field.name] = float(value) if field.name == "max_page_seconds" else int(value)
+            values[field.name] = float(value) if field.name.endswith("_seconds") else int(value)
         except ValueError:
             raise InputError(f"the limit {name} is {value!r}, it must be a number above 0") from None
     return Limits(**values)  # pyright: ignore[reportArgumentType] - each field has the type of its own

@@ -24,6 +24,7 @@ __all__ = [
     "MANIFEST_NAME",
     "MECHANISMS",
     "FileFact",
+    "FramesFacts",
     "ImageFacts",
     "Manifest",
     "PanAndScanFacts",
@@ -32,6 +33,7 @@ __all__ = [
     "ReplyFacts",
     "SamplingFacts",
     "StatePair",
+    "VideoFacts",
     "read_manifest",
     "write_manifest",
 ]
@@ -50,6 +52,7 @@ MECHANISMS: frozenset[str] = frozenset(
         "image:aspect_patches",  # resize to fill a token budget, whole multiples of patch*pool on both sides
         "image:squash",  # resize to one square size, whatever the aspect ratio
         "prompt:media_first",  # all media, the beginning-of-sequence token, the text, then `prompt.end`
+        "video:clock_frames",  # frames as pictures, each with MM:SS in front of it
         "state:global",  # one growing key/value buffer per layer
         "state:window",  # a buffer of fixed capacity; the operator evicts, see GroupQueryAttention sliding_window_cache
         "logit_rows:any",  # any prompt rows may ask for logits
@@ -101,6 +104,15 @@ class ImageFacts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class VideoFacts:
+    """How a video becomes frames. Each of them becomes patches as an image does, with a budget of its own."""
+
+    budgets: tuple[int, ...]  # allowed numbers of soft tokens of a frame, ascending
+    default_budget: int
+    fps: float  # frames a second unless a request says otherwise
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PlaceholderFacts:
     """How one medium appears in the prompt: the template writes `item`; it becomes before + soft * n + after."""
 
@@ -111,8 +123,19 @@ class PlaceholderFacts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class FramesFacts(PlaceholderFacts):
+    """How a video appears in the prompt: the template writes `item`; it becomes the frames with `between` between them.
+
+    Each frame is its time (MM:SS) + before + soft * n + after.
+    """
+
+    between: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PromptFacts:
-    """Prompt facts. `begin` is the beginning-of-sequence token; `image` is null for a text-only bundle.
+    """Prompt facts. `begin` is the beginning-of-sequence token; `image` is null for a text-only bundle, `video` for
+    one that does not know videos.
 
     `layout` is "inline" (begin, then text and media in their order, by the chat template) or "media_first" (all media,
     begin, text, `end`; no template). `end` is text behind the question, "" for "inline".
@@ -122,6 +145,13 @@ class PromptFacts:
     layout: str = "inline"
     end: str = ""
     image: PlaceholderFacts | None
+    video: FramesFacts | None = None
+
+    @property
+    def placeholders(self) -> dict[str, PlaceholderFacts]:
+        """By the kind of the medium, those that this bundle knows."""
+        listed = {"image": self.image, "video": self.video}
+        return {kind: facts for kind, facts in listed.items() if facts is not None}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,11 +198,12 @@ class Manifest:
     target: str  # "cpu" | "cuda"
     precision: str  # "fp32", later others; for people
     requires: tuple[str, ...]
-    modalities: tuple[str, ...]  # "text", "image"
+    modalities: tuple[str, ...]  # "text", "image", "video"
     context: int  # tokens, prompt and reply together
     stop_ids: tuple[int, ...]
     files: dict[str, FileFact]  # keys are among FILES
     image: ImageFacts | None
+    video: VideoFacts | None = None
     prompt: PromptFacts
     reply: ReplyFacts
     state: tuple[StatePair, ...]
@@ -274,8 +305,9 @@ def _check(manifest: Manifest) -> None:
     )
     for index, pair in enumerate(manifest.state):
         _require(pair.kind in ("global", "window"), f"state[{index}].kind", pair.kind, "'global' or 'window'")
-    known = "text" in manifest.modalities and set(manifest.modalities) <= {"text", "image"}
-    _require(known, "modalities", manifest.modalities, "'text', or 'text' and 'image'")
+    known = "text" in manifest.modalities and set(manifest.modalities) <= {"text", "image", "video"}
+    known = known and ("image" in manifest.modalities or "video" not in manifest.modalities)
+    _require(known, "modalities", manifest.modalities, "'text', with 'image' perhaps, and with that perhaps 'video'")
     _check_requires(manifest)
     sampling = manifest.sampling
     for key, value, highest in (
@@ -292,7 +324,16 @@ def _check(manifest: Manifest) -> None:
         ("files.vision", "vision" in manifest.files),
     ):
         _require(present == has_image, key, present, f"presence to follow 'image' in modalities ({has_image})")
+    has_video = "video" in manifest.modalities
+    for key, present in (
+        ("video", manifest.video is not None),
+        ("prompt.video", manifest.prompt.video is not None),
+        ("requires", "video:clock_frames" in manifest.requires),
+    ):
+        _require(present == has_video, key, present, f"presence to follow 'video' in modalities ({has_video})")
     _check_prompt(manifest)
+    if manifest.video is not None:
+        _check_video(manifest.video)
     if manifest.image is not None:
         _check_image(manifest.image, manifest.requires)
 
@@ -324,6 +365,13 @@ def _check_prompt(manifest: Manifest) -> None:
     _require(
         not (first and template), "files", sorted(manifest.files), "no chat template with the layout 'media_first'"
     )
+
+
+def _check_video(facts: VideoFacts) -> None:
+    _require(bool(facts.budgets) and min(facts.budgets) > 0, "video.budgets", facts.budgets, "positive budgets")
+    one_of = f"one of {facts.budgets}"
+    _require(facts.default_budget in facts.budgets, "video.default_budget", facts.default_budget, one_of)
+    _require(0 < facts.fps < math.inf, "video.fps", facts.fps, "a positive number")
 
 
 def _check_image(facts: ImageFacts, requires: tuple[str, ...]) -> None:

@@ -13,11 +13,12 @@ import PIL.Image
 from .errors import DocumentError, ImageError, InputError
 from .image import load_image
 from .limits import DEFAULT_LIMITS, Limits
-from .parts import Image, Pdf
+from .parts import Image, Pdf, Video
 from .pdf import Page, is_pdf, open_pages
 from .sources import file_name, is_data_uri, read_source
+from .video import Clip, is_video, open_clip
 
-__all__ = ["PictureSource", "is_document", "read_media"]
+__all__ = ["PictureSource", "is_document", "is_moving", "read_media", "read_video"]
 
 # A page is drawn this many times larger per side than the model sees it, so that the one resampler of the engine does
 # the last step for pages as it does for photographs.
@@ -26,15 +27,16 @@ _OVERSAMPLING = 2
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PictureSource:
-    """One picture: an image, or a page of a document.
+    """One picture: an image, or a page of a document; or a video.
 
     Attributes:
         name: how error messages call it.
-        modality: "image" or "document".
+        modality: "image", "document" or "video".
         size: (height, width) that boxes are measured in: pixels of the upright image, points of the page as shown.
         proportions: (height, width) that the layout is computed from.
         pixels: (height, width) that the model will see -> uint8 [H, W, 3], RGB. An image gives all its pixels whatever
-            is asked for; a page is drawn for this size, and may raise DocumentError.
+            is asked for; a page is drawn for this size, and may raise DocumentError. A video has none.
+        clip: the frames of a video.
     """
 
     name: str
@@ -42,6 +44,12 @@ class PictureSource:
     size: tuple[int, int]
     proportions: tuple[int, int]
     pixels: Callable[[int, int], npt.NDArray[np.uint8]]
+    clip: Clip | None = None
+
+    @property
+    def frames(self) -> int:
+        """How many pictures of one size it is."""
+        return 1 if self.clip is None else len(self.clip.times)
 
 
 def read_media(part: Image | Pdf, number: int, limits: Limits) -> list[PictureSource]:
@@ -62,6 +70,39 @@ def read_media(part: Image | Pdf, number: int, limits: Limits) -> list[PictureSo
     pixels = load_image(source, limits=limits, name=name)
     size = pixels.shape[0], pixels.shape[1]
     return [PictureSource(name, "image", size, size, lambda height, width: pixels)]
+
+
+def read_video(part: Video, number: int, limits: Limits, fps: float) -> PictureSource:
+    """A video with its frames chosen, `fps` of them a second if the part does not say. Raises VideoError."""
+    name = _name("video", number, part.source)
+    rate = fps if part.fps is None else part.fps
+    clip = open_clip(part.source, fps=rate, start=part.start, end=part.end, limits=limits, name=name)
+    size = clip.height, clip.width
+
+    def no_pixels(height: int, width: int) -> npt.NDArray[np.uint8]:
+        raise AssertionError("the frames of a video come from its clip")
+
+    return PictureSource(name, "video", size, size, no_pixels, clip)
+
+
+def is_moving(source: object) -> bool:
+    """Whether a source is a video by its content. Objects that can only be read once are not looked into."""
+    if isinstance(source, bytes | bytearray | memoryview):
+        return is_video(bytes(memoryview(source).cast("B")[:1024]))
+    if isinstance(source, str) and is_data_uri(source):
+        try:
+            return is_video(read_source(source, DEFAULT_LIMITS.max_video_bytes)[:1024])
+        except InputError:
+            return False
+    if not isinstance(source, str | Path):
+        return False
+    try:
+        if not Path(source).is_file():  # reading from a pipe would take something out of it
+            return False
+        with open(source, "rb") as file:
+            return is_video(file.read(1024))
+    except (OSError, ValueError):
+        return False
 
 
 def is_document(source: str | Path) -> bool:

@@ -31,12 +31,14 @@ class Text:
 class Media:
     """The place of a medium; `soft_tokens` is the number of embedding rows its encoder gives for it.
 
-    `crops` are the numbers of rows of its crops, for an image that is shown in crops too (pan and scan).
+    `crops` are the numbers of rows of its crops, for an image that is shown in crops too (pan and scan). `frames` are
+    those of a video: the text in front of each and its number of rows, `soft_tokens` is their sum.
     """
 
     kind: str = "image"
     soft_tokens: int
     crops: tuple[int, ...] = ()
+    frames: tuple[tuple[str, int], ...] = ()
 
 
 Part = Text | Media
@@ -128,8 +130,10 @@ def checked_parts(parts: Any, facts: PromptFacts, pan_and_scan: PanAndScanFacts 
             except UnicodeEncodeError as error:
                 raise PromptError(f"{place}: not valid Unicode at character {error.start}") from None
         elif isinstance(part, Media):
-            if part.kind != "image" or facts.image is None:
+            if part.kind not in facts.placeholders:
                 raise PromptError(f"{place}: this model has no {'vision' if part.kind == 'image' else part.kind} input")
+            if (part.kind == "video") != bool(part.frames) or any(length < 1 for _, length in part.frames):
+                raise PromptError(f"{place}: a video needs frames of at least 1 soft token, and nothing else has any")
             if part.soft_tokens < 1:
                 raise PromptError(f"{place}: an image needs at least 1 soft token, not {part.soft_tokens}")
             if part.crops and (pan_and_scan is None or min(part.crops) < 1):

@@ -17,7 +17,7 @@ from .prompt import Text
 from .reply import EncodedImage
 from .sources import FileSource
 
-__all__ = ["Conversation", "Image", "ImageInput", "NormalPart", "PartLike", "Pdf", "Turn", "turns_of"]
+__all__ = ["Conversation", "Image", "ImageInput", "NormalPart", "PartLike", "Pdf", "Turn", "Video", "turns_of"]
 
 # A text that is one line ending in one of these is taken for the path of a file; `Text(...)` says that it is not. Names
 # of formats that are not read are among them: their refusal says more than an answer about the name would.
@@ -26,14 +26,20 @@ _FILE_NAME = re.compile(
     r"|qoi|dds|pcx|sgi|svg|pdf)",
     re.IGNORECASE,
 )
-_FILE_URI = re.compile(r"\s*data:\s*(image/|application/(x-)?pdf)", re.IGNORECASE)
+_VIDEO_NAME = re.compile(
+    r"[^\n]*\.(mp4|m4v|mov|qt|mpe?g|mpe|m[12]v|vob|m?ts|m2ts|avi|divx|wmv|asf|flv|f4v|webm|mkv|3gpp?|3g2|ogv)",
+    re.IGNORECASE,
+)
+_FILE_URI = re.compile(r"\s*data:\s*(image/|video/|application/(x-)?pdf)", re.IGNORECASE)
+_VIDEO_URI = re.compile(r"\s*data:\s*video/", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Image:
     """A picture with a token budget of its own. `tokens=None` takes the budget of the request.
 
-    A source whose content turns out to be a PDF is read as `Pdf(source, tokens=tokens)`.
+    A source whose content turns out to be a PDF is read as `Pdf(source, tokens=tokens)`, and a video as
+    `Video(source, tokens=tokens)`.
     """
 
     source: ImageSource
@@ -55,10 +61,32 @@ class Pdf:
     tokens: int | None = None
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Video:
+    """Frames of a video, each of which the model sees as a small picture with its time in front of it.
+
+    Attributes:
+        source: a path, the bytes, a binary file object or a data URI. A path is read twice, and nothing of the file is
+            held in memory.
+        fps: frames for each second; None is the bundle's default (1). More frames than `Limits.max_frames` (60) are
+            thinned evenly.
+        start: seconds from the first frame of the file; None is the beginning.
+        end: seconds from the first frame of the file, not included; None is the end.
+        tokens: token budget of each frame; None is the bundle's default for frames (70), whatever the request says
+            about images.
+    """
+
+    source: FileSource
+    fps: float | None = None
+    start: float | None = None
+    end: float | None = None
+    tokens: int | None = None
+
+
 ImageInput = Image | ImageSource | EncodedImage
-PartLike = Text | Pdf | ImageInput
-"""A part of a prompt. A plain `str` is text, unless it is a data URI of a picture or a PDF, or one line that ends like
-the name of such a file; wrap text that you did not write yourself in `Text` so that it can never name a file."""
+PartLike = Text | Pdf | Video | ImageInput
+"""A part of a prompt. A plain `str` is text, unless it is a data URI of a picture, PDF or video, or one line that ends
+like the name of such a file; wrap text that you did not write yourself in `Text` so that it can never name a file."""
 
 Conversation = PartLike | Sequence[PartLike] | Sequence["Turn"]
 
@@ -71,7 +99,7 @@ class Turn:
     parts: PartLike | Sequence[PartLike]
 
 
-NormalPart = Text | Image | Pdf | EncodedImage
+NormalPart = Text | Image | Pdf | Video | EncodedImage
 
 
 def turns_of(conversation: Conversation, system: str | None) -> list[tuple[str, list[NormalPart]]]:
@@ -95,12 +123,14 @@ def _normal_parts(parts: list[Any]) -> list[NormalPart]:
 
 
 def _normal_part(part: Any, index: int) -> NormalPart:
-    if isinstance(part, (Text, Image, Pdf, EncodedImage)):
+    if isinstance(part, (Text, Image, Pdf, Video, EncodedImage)):
         return part
     if isinstance(part, str):
+        if _VIDEO_NAME.fullmatch(part) or _VIDEO_URI.match(part):
+            return Video(part)
         return Image(part) if _FILE_NAME.fullmatch(part) or _FILE_URI.match(part) else Text(part)
     if isinstance(part, (os.PathLike, bytes, bytearray, memoryview, PIL.Image.Image, np.ndarray)) or hasattr(
         part, "read"
     ):
         return Image(part)
-    raise PromptError(f"part {index} is of type {type(part).__name__}, expected text, a picture or a PDF")
+    raise PromptError(f"part {index} is of type {type(part).__name__}, expected text, a picture, a PDF or a video")

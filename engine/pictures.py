@@ -16,6 +16,7 @@ from .manifest import ImageFacts
 from .media import PictureSource
 from .prompt import Media, Prompt, Span
 from .reply import EncodedImage
+from .video import clock
 
 __all__ = ["PreparedPicture", "View", "assign_spans", "lay_out"]
 
@@ -30,11 +31,13 @@ class View:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PreparedPicture:
-    """A picture with its views (the whole, then crops), or one that is encoded already and has none."""
+    """A picture with its views (the whole, then crops), a video with a view for each frame, or a picture that is
+    encoded already and has none. `resample` is the filter that views are resized with."""
 
     source: PictureSource | None = None
     views: tuple[View, ...] = ()
     encoded: EncodedImage | None = None
+    resample: str = "bicubic"
 
     @property
     def soft_tokens(self) -> tuple[int, ...]:
@@ -53,7 +56,7 @@ class PreparedPicture:
 
     @property
     def modality(self) -> str:
-        """What the soft tokens count as: "image" or "document"."""
+        """What the soft tokens count as: "image", "document" or "video"."""
         if self.encoded is not None:
             return self.encoded.modality
         assert self.source is not None
@@ -62,12 +65,20 @@ class PreparedPicture:
     @property
     def medium(self) -> Media:
         """What a prompt needs to know."""
+        clip = None if self.source is None else self.source.clip
+        if clip is not None:
+            frames = tuple(zip(map(clock, clip.times), self.soft_tokens, strict=True))
+            return Media(kind="video", soft_tokens=sum(self.soft_tokens), frames=frames)
         whole, *crops = self.soft_tokens
         return Media(soft_tokens=whole, crops=tuple(crops))
 
     def pixels(self, view: int) -> npt.NDArray[np.uint8]:
-        """The pixels of one view, uint8 [H, W, 3], not resized yet. A page is drawn large enough for it now."""
+        """The pixels of one view, uint8 [H, W, 3], not resized yet. A page is drawn large enough for it now; frames of
+        videos come in the size of the layout."""
         assert self.source is not None
+        if self.source.clip is not None:
+            layout = self.views[view].layout
+            return self.source.clip.pixels(view, layout.height, layout.width, self.resample)
         (height, width), (top, left, bottom, right) = self.source.proportions, self.views[view].box
         layout = self.views[view].layout
         whole = self.source.pixels(
@@ -90,6 +101,8 @@ def lay_out(
 ) -> PreparedPicture:
     """Choose the views of a picture and their sizes; `budget` is the number of soft tokens of each view.
 
+    All frames of a video have the layout of the first, and are never shown in crops.
+
     Raises ImageError, naming the picture, for a budget or a size that is not possible, or for `pan_and_scan` with a
     model that does not have it.
     """
@@ -107,7 +120,7 @@ def lay_out(
         views = [View(box, layout(box[2] - box[0], box[3] - box[1], facts, budget)) for box in boxes]
     except ImageError as error:
         raise ImageError(f"{source.name}: {error}") from None
-    return PreparedPicture(source, tuple(views))
+    return PreparedPicture(source, tuple(views) * source.frames, resample=facts.resample)
 
 
 def assign_spans(prompt: Prompt, pictures: Sequence[PreparedPicture]) -> Prompt:

@@ -43,7 +43,7 @@ _PRIVATE_USE = ((0xE000, 0xF8FF), (0xF0000, 0xFFFFD), (0x100000, 0x10FFFD))
 class Span:
     """The rows `start : start + length` of a prompt that belong to the soft tokens of medium `media_index`.
 
-    `view` 0 is the whole image, the others are its crops in order.
+    `view` 0 is the whole image, the others are its crops in order; of a video they are its frames.
     """
 
     start: int
@@ -82,12 +82,16 @@ class PromptBuilder:
         self._control = {
             token.content: id for id, token in tokenizer.get_added_tokens_decoder().items() if token.special
         }
-        names = [facts.begin] if facts.image is None else [facts.begin, facts.image.soft]
-        for name in names:
+        self._places = facts.placeholders
+        for name in [facts.begin, *(place.soft for place in self._places.values())]:
             if name not in self._control:
                 raise BundleError(f"the manifest names {name!r}, which is not a special token of the tokenizer")
         tokenizer.encode_special_tokens = True
-        spellings = [*self._control] if facts.image is None else [*self._control, facts.image.item]
+        items = {kind: place.item for kind, place in self._places.items()}
+        if len({*items.values()}) < len(items):
+            raise BundleError(f"the manifest writes two kinds of media with one placeholder: {items}")
+        self._kinds = {item: kind for kind, item in items.items()}
+        spellings = [*self._control, *self._kinds]
         self._first_characters = sorted({spelling[0] for spelling in spellings})
         self._candidates = re.compile("[" + re.escape("".join(self._first_characters)) + "]")
         self._lengths = sorted({len(spelling) for spelling in self._control}, reverse=True)
@@ -116,14 +120,17 @@ class PromptBuilder:
         rendered = self._render(turns, guard)
         # The beginning-of-sequence token is the template's own here: spelled in a text it is swapped.
         rendered = rendered.replace(self._facts.begin, "")
-        if self._facts.image is None:
+        if not self._kinds:
             return self._assemble([self._facts.begin, rendered], guard)
-        pieces = rendered.split(self._facts.image.item)
-        if len(pieces) - 1 != len(media):
-            raise PromptError(
-                f"the chat template wrote {len(pieces) - 1} placeholders for {len(media)} attached images"
-            )
-        between = [item for medium, piece in zip(media, pieces[1:], strict=True) for item in (medium, piece)]
+        written = sorted(self._kinds, key=len, reverse=True)
+        pieces = re.split("(" + "|".join(map(re.escape, written)) + ")", rendered)
+        found, attached = [self._kinds[item] for item in pieces[1::2]], [medium.kind for medium in media]
+        if len(found) != len(attached):
+            kinds = "images" if set(attached) <= {"image"} else "media"
+            raise PromptError(f"the chat template wrote {len(found)} placeholders for {len(attached)} attached {kinds}")
+        if found != attached:
+            raise PromptError(f"the chat template wrote placeholders for {found}, attached are {attached}")
+        between = [item for medium, piece in zip(media, pieces[2::2], strict=True) for item in (medium, piece)]
         return self._assemble([self._facts.begin, pieces[0], *between], guard)
 
     def raw(self, parts: str | Sequence[Part]) -> Prompt:
@@ -170,11 +177,11 @@ class PromptBuilder:
                 size = self._tokenizer.get_vocab_size()
                 raise PromptError(f"prompt id {index} is {id}, which is not in the vocabulary of {size} tokens")
         array = np.array(listed, dtype=np.int64)
-        spans = []
-        if self._facts.image is not None:
-            edges = np.flatnonzero(np.diff(array == self._control[self._facts.image.soft], prepend=False, append=False))
-            starts_and_ends = zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True)
-            spans = [Span(start, end - start, index) for index, (start, end) in enumerate(starts_and_ends)]
+        runs: list[tuple[int, int]] = []
+        for soft in {self._control[place.soft] for place in self._places.values()}:
+            edges = np.flatnonzero(np.diff(array == soft, prepend=False, append=False))
+            runs += zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True)
+        spans = [Span(start, end - start, index) for index, (start, end) in enumerate(sorted(runs))]
         return Prompt(array, tuple(spans), self._tokenizer.decode(listed, skip_special_tokens=False))
 
     # -- templates -----------------------------------------------------------------------------------------------
@@ -246,24 +253,29 @@ class PromptBuilder:
                 control = self._control.get(piece)
                 ids.extend(self._encode(text) if control is None else [control])
 
-        waiting, image, media_index = "", self._facts.image, 0
+        waiting, media_index = "", 0
         for item in items:
             if isinstance(item, str):
                 waiting += item
                 continue
-            assert image is not None
+            place = self._places[item.kind]
             for view, (lead, length) in enumerate(self._views(item)):
-                append(waiting + lead + image.before)
+                append(waiting + lead + place.before)
                 spans.append(Span(len(ids), length, media_index, view))
-                ids.extend([self._control[image.soft]] * length)
-                texts.append(image.soft * length)
-                waiting = image.after
+                ids.extend([self._control[place.soft]] * length)
+                texts.append(place.soft * length)
+                waiting = place.after
             media_index += 1
         append(waiting)
         return Prompt(np.array(ids, dtype=np.int64), tuple(spans), "".join(texts))
 
     def _views(self, medium: Media) -> Iterator[tuple[str, int]]:
         """The text in front of each view of a medium, and the view's number of soft tokens."""
+        if medium.frames:
+            assert self._facts.video is not None
+            for index, (time, length) in enumerate(medium.frames):
+                yield (self._facts.video.between if index else "") + time, length
+            return
         if not medium.crops:
             yield "", medium.soft_tokens
             return

@@ -5,7 +5,9 @@ Everything about a request that can be refused is refused here, before a graph r
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
+from typing import cast
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -14,17 +16,18 @@ from .bundle import Bundle
 from .errors import BundleError, ContextFull, InputError, PromptError
 from .limits import Limits
 from .manifest import Manifest
-from .media import read_media
-from .parts import Conversation, Image, Pdf, turns_of
+from .media import is_moving, read_media, read_video
+from .parts import Conversation, Image, Pdf, Video, turns_of
 from .pictures import PreparedPicture, assign_spans, lay_out
 from .prompt import Message, Prompt, PromptBuilder, Text, sole_turn
 from .reply import EncodedImage, StageClock
+from .sources import FileSource
 from .template import ChatTemplate
 
 __all__ = ["ReadTurn", "Reader", "count_by_modality", "text_ids", "tower_identity"]
 
 ReadTurn = tuple[str, list[Text | PreparedPicture]]
-"""The role of a turn and its parts, a document as one picture for each page."""
+"""The role of a turn and its parts, a document as one picture for each page, a video as one with many views."""
 
 
 class Reader:
@@ -88,13 +91,18 @@ class Reader:
 
     def read_media(
         self,
-        part: Image | Pdf | EncodedImage,
+        part: Image | Pdf | Video | EncodedImage,
         clock: StageClock,
         image_tokens: int | None,
         pan_and_scan: bool = False,
         number: int = 1,
     ) -> list[PreparedPicture]:
-        """Read attachment `number`, counted from 1, and lay it out: one picture, or one for each page of a document."""
+        """Read attachment `number`, counted from 1, and lay it out: one picture, one for each page of a document, or
+        a video. `image_tokens` and `pan_and_scan` are not for videos."""
+        if isinstance(part, Image) and is_moving(part.source):
+            part = Video(cast(FileSource, part.source), tokens=part.tokens)
+        if isinstance(part, Video):
+            return [self._read_video(part, clock, number)]
         if self._manifest.image is None:
             raise PromptError(
                 f"{'document' if isinstance(part, Pdf) else 'image'} {number}: this bundle has no vision input "
@@ -110,6 +118,17 @@ class Reader:
             sources = read_media(part, number, self._limits)
         budget = image_tokens if part.tokens is None else part.tokens
         return [lay_out(source, self._manifest.image, budget, pan_and_scan=pan_and_scan) for source in sources]
+
+    def _read_video(self, part: Video, clock: StageClock, number: int) -> PreparedPicture:
+        image, video = self._manifest.image, self._manifest.video
+        if image is None or video is None:
+            raise PromptError(
+                f"video {number}: this bundle does not know videos (modalities: {', '.join(self._manifest.modalities)})"
+            )
+        with clock.stage("decode_file"):
+            source = read_video(part, number, self._limits, video.fps)
+        facts = dataclasses.replace(image, budgets=video.budgets, default_budget=video.default_budget)
+        return lay_out(source, facts, part.tokens)
 
     def _from_ids(self, ids: Sequence[int], messages: list[Message], pictures: list[PreparedPicture]) -> Prompt:
         texts = [part.text for message in messages for part in message.parts if isinstance(part, Text)]
@@ -133,7 +152,7 @@ def text_ids(prompt: Prompt, vocabulary: int) -> np.ndarray:
 
 
 def count_by_modality(prompt: Prompt, pictures: Sequence[PreparedPicture]) -> dict[str, int]:
-    """Prompt tokens by modality; "document" is there only for prompts with one."""
+    """Prompt tokens by modality; "document" and "video" are there only for prompts with one."""
     counts = {"text": len(prompt.ids), "image": 0}
     for span in prompt.spans:
         modality = pictures[span.media_index].modality

@@ -38,7 +38,7 @@ from .child import in_child
 from .families import ExportOptions, Facts, Family, find_family
 from .plan import Plan, plan_for
 from .random_checkpoint import RandomCheckpoint, RandomWeights
-from .self_check import record_self_test, tokenizer_ids
+from .self_check import record_self_test, special_tokens, tokenizer_ids
 from .sources import open_source
 
 __all__ = ["ExportReport", "export"]
@@ -161,6 +161,7 @@ def _write(
     files = {graph_name: _file_fact(folder / f"{graph_name}.onnx") for graph_name in summaries}
     files["weights"] = FileFact(path="weights.bin", size=data.path.stat().st_size, sha256=data.sha256)
     files |= {key: _file_fact(folder / file) for key, file in texts.items()}
+    facts = _without_missing_videos(facts, folder)
     manifest = _manifest(checkpoint, family, options, plan, facts, files, folder, name)
     progress("self-test")
     # The manifest travels as text; its file is written last, so that a killed export leaves no siglance.json.
@@ -181,6 +182,18 @@ def _write(
         left_out=facts.left_out,
         total_bytes=sum(path.stat().st_size for path in folder.iterdir()),
     )
+
+
+def _without_missing_videos(facts: Facts, folder: Path) -> Facts:
+    """Facts without videos if the tokenizer has no special token for the frames of one."""
+    if facts.video_prompt is None:
+        return facts
+    soft = facts.video_prompt.soft
+    if soft in in_child(special_tokens, str(folder / "tokenizer.json")):
+        return facts
+    left_out = (*facts.left_out, f"video: the tokenizer has no special token {soft!r}")
+    requires = tuple(name for name in facts.requires if not name.startswith("video:"))
+    return dataclasses.replace(facts, video=None, video_prompt=None, requires=requires, left_out=left_out)
 
 
 def _manifest(
@@ -222,12 +235,15 @@ def _manifest(
         target=options.target,
         precision=plan.precision,
         requires=facts.requires,
-        modalities=("text", "image") if facts.image else ("text",),
+        modalities=("text", *(("image",) if facts.image else ()), *(("video",) if facts.video else ())),
         context=min(facts.context or int(text.get("max_position_embeddings", options.context)), options.context),
         stop_ids=tuple(sorted(stop_ids)),
         files=files,
         image=facts.image,
-        prompt=PromptFacts(begin=begin, layout=facts.layout, end=facts.prompt_end, image=image),
+        video=facts.video,
+        prompt=PromptFacts(
+            begin=begin, layout=facts.layout, end=facts.prompt_end, image=image, video=facts.video_prompt
+        ),
         reply=facts.reply,
         state=facts.state,
         sampling=_sampling(generation),

@@ -12,7 +12,7 @@ from ..engine.errors import ExportError
 from ..engine.manifest import read_manifest
 from ..engine.self_test import record
 
-__all__ = ["record_self_test", "tokenizer_ids"]
+__all__ = ["record_self_test", "special_tokens", "tokenizer_ids"]
 
 
 def tokenizer_ids(path: str, tokens: list[str]) -> dict[str, int]:
@@ -25,6 +25,17 @@ def tokenizer_ids(path: str, tokens: list[str]) -> dict[str, int]:
         raise ExportError(f"{Path(path).name} cannot be read: {error}") from None
     found = {token: tokenizer.token_to_id(token) for token in tokens}
     return {token: identifier for token, identifier in found.items() if identifier is not None}
+
+
+def special_tokens(path: str) -> list[str]:
+    """The special tokens of the tokenizer file at `path`."""
+    from tokenizers import Tokenizer
+
+    try:
+        added = Tokenizer.from_file(path).get_added_tokens_decoder().values()
+    except Exception as error:
+        raise ExportError(f"{Path(path).name} cannot be read: {error}") from None
+    return sorted(token.content for token in added if token.special)
 
 
 def record_self_test(folder: str, manifest: str, prepack: bool) -> str:

@@ -8,14 +8,14 @@ from __future__ import annotations
 import re
 
 from ...engine.errors import ExportError
-from ...engine.manifest import ImageFacts, PlaceholderFacts, ReplyFacts, StatePair
+from ...engine.manifest import FramesFacts, ImageFacts, PlaceholderFacts, ReplyFacts, StatePair, VideoFacts
 from ..checkpoint import Checkpoint, Weights
 from . import ConfigReader, ExportOptions, Facts, Family, full_state_note
 from ._gemma4_config import Config, TextConfig, read
 from ._gemma4_decoder import build_decoder, build_embed, layer_name
 from ._gemma4_vision import build_vision
 
-__all__ = ["FAMILY", "TEXT_PREFIXES", "decoder_facts", "image_facts"]
+__all__ = ["FAMILY", "TEXT_PREFIXES", "decoder_facts", "image_facts", "video_facts"]
 
 OFFICIAL_BUDGETS = (70, 140, 280, 560, 1120)  # soft tokens per image that Gemma 4 was trained for
 # "model." alone: the decoder without anything else.
@@ -34,10 +34,12 @@ def finish(checkpoint: Checkpoint, weights: Weights, config: Config, options: Ex
         left_out.append(f"audio: {count} tensors of the audio tower and its projector")
     vision = config.vision
     image = None if vision is None else image_facts(checkpoint, vision.patch, vision.pool)
-    return decoder_facts(weights, config.text, image, left_out)
+    return decoder_facts(weights, config.text, image, video_facts(checkpoint, image), left_out)
 
 
-def decoder_facts(weights: Weights, text: TextConfig, image: ImageFacts | None, left_out: list[str]) -> Facts:
+def decoder_facts(
+    weights: Weights, text: TextConfig, image: ImageFacts | None, video: VideoFacts | None, left_out: list[str]
+) -> Facts:
     """What all of Gemma 4 has in common; marks what published files carry and no graph reads."""
     if text.tied:
         weights.drop("lm_head.weight")
@@ -61,12 +63,17 @@ def decoder_facts(weights: Weights, text: TextConfig, image: ImageFacts | None, 
             rows,
             *(("attention:image_blocks",) if text.image_blocks else ()),
             *((f"image:{image.policy}",) if image is not None else ()),
+            *(("video:clock_frames",) if video is not None else ()),
         ),
         state=state,
         image=image,
         image_prompt=None
         if image is None
         else PlaceholderFacts(item="<|image|>", before="<|image>", soft="<|image|>", after="<image|>"),
+        video=video,
+        video_prompt=None
+        if video is None
+        else FramesFacts(item="<|video|>", before=" <|image>", soft="<|video|>", after="<image|>", between=" "),
         reply=ReplyFacts(
             boxes="box_2d",
             thought=("<|channel>", "<channel|>"),
@@ -115,6 +122,16 @@ def image_facts(checkpoint: Checkpoint, patch: int, pool: int) -> ImageFacts:
         default_budget=default,
         resample="bicubic",
     )
+
+
+def video_facts(checkpoint: Checkpoint, image: ImageFacts | None) -> VideoFacts | None:
+    """Frames of videos, with Gemma4VideoProcessor's default budget; None for a model that was not made for it."""
+    processor = checkpoint.json("processor_config.json")
+    values = {**checkpoint.json("video_preprocessor_config.json"), **processor.get("video_processor", {})}
+    default = ConfigReader(values, "processor_config.json: video_processor").integer("max_soft_tokens", 70)
+    if image is None or default not in image.budgets:
+        return None
+    return VideoFacts(budgets=image.budgets, default_budget=default, fps=1.0)
 
 
 FAMILY = Family(

@@ -17,7 +17,7 @@ from ..checkpoint import Checkpoint, Weights
 from . import ExportOptions, Facts, Family
 from ._gemma4_config import Config, PatchConfig, read_unified
 from ._gemma4_decoder import build_decoder, build_embed
-from .gemma4 import TEXT_PREFIXES, decoder_facts, image_facts
+from .gemma4 import TEXT_PREFIXES, decoder_facts, image_facts, video_facts
 
 LAYER_NORM_EPSILON = 1e-5  # torch's default, unlike the 1e-6 of all other norms
 
@@ -84,7 +84,7 @@ def finish(checkpoint: Checkpoint, weights: Weights, config: Config, options: Ex
         # Checked in 16-pixel patches and groups of them; used as whole patches that are not pooled.
         image = image_facts(checkpoint, vision.patch, vision.pool)
         image = dataclasses.replace(image, patch_size=vision.patch * vision.pool, pool_size=1)
-    return decoder_facts(weights, config.text, image, left_out)
+    return decoder_facts(weights, config.text, image, video_facts(checkpoint, image), left_out)
 
 
 FAMILY = Family(

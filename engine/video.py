@@ -1,0 +1,239 @@
+"""Videos: frames chosen by their times at once, decoded later, each resized as soon as it is decoded.
+
+The file is opened by a process of its own (`video_worker`, which says why), once to see which frames there are and once
+or a few times for the chosen ones. A file on disk is read by that process and never held in memory.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+import re
+import signal
+import stat
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import InputError, VideoError
+from .limits import Limits
+from .sources import is_data_uri, one_line, read_source
+
+__all__ = ["Clip", "clock", "is_video", "open_clip"]
+
+_WORKER = Path(__file__).with_name("video_worker.py")
+# Frames fetched by one process: they wait in memory for the vision tower.
+_BATCH_BYTES, _BATCH_FRAMES = 64 * 2**20, 1000
+_MAX_FPS = 1000
+_SIGNATURES = (b"\x1aE\xdf\xa3", b"FLV\x01", b"\x30\x26\xb2\x75\x8e\x66\xcf\x11", b"\0\0\1\xba", b"\0\0\1\xb3")
+_BOXES = (b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot")  # old QuickTime files begin with one of these
+_PICTURE_BRANDS = re.compile(rb"hei[cxms]|hev[cxms]|avi[fs]|mif1|msf1|jp2 |jpx |crx |M4[ABP] ")
+
+
+def is_video(start: bytes) -> bool:
+    """Whether a file is a video, by its first 1024 bytes. Containers that may hold sound alone count as videos."""
+    if start[4:8] == b"ftyp":
+        return not _PICTURE_BRANDS.match(start[8:12])
+    if start[:4] == b"RIFF":
+        return start[8:12] == b"AVI "
+    transport = len(start) > 376 and start[0] == start[188] == start[376] == 0x47
+    return start.startswith(_SIGNATURES) or start[4:8] in _BOXES or transport
+
+
+def clock(seconds: float) -> str:
+    """MM:SS, rounded down; more digits of minutes from 100 on."""
+    return f"{int(seconds) // 60:02d}:{int(seconds) % 60:02d}"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _File:
+    """Where the bytes are: in memory, or in a file that must not change between two looks at it."""
+
+    data: bytes | None
+    path: str = ""
+    identity: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, source: object, limits: Limits) -> _File:
+        """Raises InputError."""
+        foreign = isinstance(source, str) and (is_data_uri(source) or "://" in source)
+        if isinstance(source, str | os.PathLike) and not foreign:
+            try:
+                status = os.stat(source)
+            except (OSError, ValueError) as error:
+                reason = getattr(error, "strerror", None) or str(error)
+                raise InputError(f"cannot read {os.fspath(source)[-100:]!r}: {one_line(reason)}") from error
+            if stat.S_ISREG(status.st_mode):
+                if status.st_size > limits.max_video_bytes:
+                    raise InputError(
+                        f"{status.st_size} bytes, over the limit of {limits.max_video_bytes} bytes of encoded video"
+                    )
+                if not status.st_size:
+                    raise InputError("empty, 0 bytes")
+                return cls(None, os.fsdecode(source), _identity(status))
+        data = read_source(source, limits.max_video_bytes)
+        if not data:
+            raise InputError("empty, 0 bytes")
+        return cls(data)
+
+    def open(self) -> BinaryIO:
+        """Raises InputError."""
+        try:
+            file = open(self.path, "rb")  # noqa: SIM115 - the caller closes it
+        except OSError as error:
+            raise InputError(f"cannot read {self.path[-100:]!r}: {one_line(error.strerror)}") from error
+        if _identity(os.fstat(file.fileno())) != self.identity:
+            file.close()
+            raise InputError("the file was changed while it was read")
+        return file
+
+
+def _identity(status: os.stat_result) -> tuple[int, ...]:
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Clip:
+    """The chosen frames of a video, not decoded yet.
+
+    Attributes:
+        name: how error messages call it.
+        height: of a frame in pixels, upright and with square pixels.
+        width: so too.
+        times: when each frame is shown, in seconds from the first frame of the file, ascending.
+    """
+
+    name: str
+    height: int
+    width: int
+    times: tuple[float, ...]
+    limits: Limits
+    _file: _File
+    _by: str
+    _targets: tuple[tuple[int, int], ...]
+    _waiting: dict[tuple[int, int, int, str], npt.NDArray[np.uint8]] = field(default_factory=dict)
+
+    def pixels(self, frame: int, height: int, width: int, resample: str) -> npt.NDArray[np.uint8]:
+        """Frame number `frame` resized to uint8 [height, width, 3]; `resample` is "bicubic" or "bilinear".
+
+        Frames are decoded together with those that follow and handed out once: asking in order decodes each once.
+        Raises VideoError: damaged, too much work, or changed in the meantime.
+        """
+        key = (frame, height, width, resample)
+        if key not in self._waiting:
+            self._waiting.clear()
+            count = max(1, min(_BATCH_FRAMES, _BATCH_BYTES // (3 * height * width)))
+            targets = self._targets[frame : frame + count]
+            question = {"targets": targets, "by": self._by, "height": height, "width": width, "resample": resample}
+            _, pixels = _ask(question, self._file, self.limits, self.name)
+            frames = np.frombuffer(pixels, np.uint8).reshape(len(targets), height, width, 3)
+            self._waiting.update({(frame + index, *key[1:]): one for index, one in enumerate(frames)})
+        return self._waiting.pop(key)
+
+
+def open_clip(source: object, *, fps: float, start: float | None, end: float | None, limits: Limits, name: str) -> Clip:
+    """Choose the frames of a video; one is decoded to know their size.
+
+    Args:
+        source: see `sources.FileSource`.
+        fps: frames for each second. What they are `video_worker.choose` says.
+        start: seconds from the first frame; None is the beginning.
+        end: seconds from the first frame, not included; None is the end.
+        limits: `max_video_bytes`, `max_pixels` of a frame, `max_frames` (longer clips are thinned evenly),
+            `max_video_seconds`, `max_video_memory`.
+        name: how error messages call it.
+
+    Raises:
+        VideoError: cannot be read, no video, without a picture, damaged, encrypted, over a limit, a range that it does
+            not have, or the extra `video` is not installed.
+    """
+    _check_range(fps, start, end, name)
+    try:
+        file = _File.of(source, limits)
+    except InputError as error:
+        raise VideoError(f"{name}: {error}") from error.__cause__
+    question = {"fps": float(fps), "start": float(start or 0), "end": end, "most": limits.max_frames}
+    reply, _ = _ask(question, file, limits, name)
+    times, targets = [], []
+    for seconds, key, first in reply["frames"]:
+        times.append(seconds)
+        targets.append((key, first))
+    return Clip(name, reply["height"], reply["width"], tuple(times), limits, file, reply["by"], tuple(targets))
+
+
+def _check_range(fps: float, start: float | None, end: float | None, name: str) -> None:
+    for key, value in (("fps", fps), ("start", start), ("end", end)):
+        number = isinstance(value, int | float | np.number) and not isinstance(value, bool) and math.isfinite(value)
+        if value is not None and not number:
+            raise VideoError(f"{name}: {key} is {value!r}, it must be a number")
+    if not 0 < fps <= _MAX_FPS:
+        raise VideoError(f"{name}: fps is {fps!r}, it must be above 0 and at most {_MAX_FPS}")
+    if start is not None and start < 0:
+        raise VideoError(f"{name}: start is {start!r}, it must be 0 or more seconds")
+    if end is not None and end <= (start or 0):
+        raise VideoError(f"{name}: end is {end!r}, it must be behind the start at {start or 0:g} seconds")
+
+
+def _ask(question: dict[str, Any], file: _File, limits: Limits, name: str) -> tuple[dict[str, Any], memoryview]:
+    """The answer of a new process to one question: the line of JSON and the bytes behind it."""
+    _require_worker(name)
+    header = {
+        **question,
+        "path": [folder for folder in sys.path if folder],
+        "memory": limits.max_video_memory,
+        "seconds": limits.max_video_seconds,
+        "pixels": limits.max_pixels,
+    }
+    command = [sys.executable, "-I", str(_WORKER), json.dumps(header)]
+    try:
+        if file.data is None:
+            with file.open() as opened:
+                done = _run(command, limits.max_video_seconds, stdin=opened)
+        else:
+            done = _run(command, limits.max_video_seconds, input=file.data)
+    except subprocess.TimeoutExpired:
+        raise VideoError(
+            f"{name}: not done after {limits.max_video_seconds:g} seconds, the limit for a video; a start and an end, "
+            "or fewer frames a second, are less work"
+        ) from None
+    except InputError as error:
+        raise VideoError(f"{name}: {error}") from error.__cause__
+    except OSError as error:
+        raise VideoError(f"{name}: cannot start the process that reads videos: {error}") from error
+    if done.returncode:
+        raise VideoError(
+            f"{name}: reading it ended with {_ending(done.returncode)}: it is damaged, or needs more than the limits "
+            f"of {limits.max_video_memory} bytes of memory and {limits.max_video_seconds:g} seconds"
+        )
+    length = done.stdout.index(b"\n")
+    reply = json.loads(done.stdout[:length])
+    if "error" in reply:
+        raise VideoError(f"{name}: {reply['error']}")
+    return reply, memoryview(done.stdout)[length + 1 :]
+
+
+def _run(command: list[str], seconds: float, **streams: Any) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=seconds, check=False, **streams
+    )
+
+
+def _require_worker(name: str) -> None:
+    if importlib.util.find_spec("av") is None:
+        raise VideoError(f"{name}: reading videos needs the package 'av': pip install 'siglance[video]'")
+    if not sys.executable or getattr(sys, "frozen", False):
+        raise VideoError(
+            f"{name}: reading videos starts a process of the Python interpreter, which this program does not have"
+        )
+
+
+def _ending(code: int) -> str:
+    """The end of a process in words."""
+    return signal.Signals(-code).name if -code in set(signal.Signals) else f"exit code {code}"

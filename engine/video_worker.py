@@ -1,0 +1,416 @@
+"""The process that opens a video: a question as argument, the file on standard input, one answer on standard output.
+
+FFmpeg reads hundreds of formats in C, videos are untrusted, and a decoder that hangs or crashes cannot be stopped
+inside a process. So it never runs inside the engine's: this file runs as a script, imports nothing of siglance, and
+before it looks at the file gives itself bounds of memory and processor time and the right to open nothing more. What a
+file refers to (playlists, lists of parts, external tracks) could not be opened even if a demuxer that does so were
+among FORMATS.
+
+Question: JSON.
+    {"path": [...], "memory": bytes, "seconds": s, "pixels": n, ...}, and
+    {"fps": f, "start": s, "end": s or null, "most": n}                     which frames there are, and which to take
+    {"targets": [[key, first packet], ...], "by": "time" or "order", "height": h, "width": w, "resample": name}
+        those frames, keys ascending, resized to height x width
+Answer: one line of JSON, then, where frames were asked for, their RGB rows from the top, one frame behind the other.
+    {"height": h, "width": w, "by": ..., "seconds": duration, "frames": [[seconds, key, first packet], ...]}
+        size upright and with square pixels; seconds from the first frame of the file
+    {"count": frames}
+    {"error": "..."}
+"""
+
+from __future__ import annotations
+
+import bisect
+import importlib
+import io
+import json
+import math
+import pkgutil
+import runpy
+import struct
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, BinaryIO
+
+__all__ = ["CONTAINERS", "FORMATS", "Index", "VideoFault", "answer", "choose", "main"]
+
+# Demuxers that read one file and never another: those of the containers that people have, told by content.
+CONTAINERS = {
+    "mov,mp4,m4a,3gp,3g2,mj2": "mp4, mov, m4v, 3gp",
+    "matroska,webm": "webm, mkv",
+    "avi": "avi",
+    "flv": "flv",
+    "asf": "wmv, asf",
+    "mpeg": "mpeg, mpg",
+    "mpegvideo": "m1v, m2v",
+    "mpegts": "ts",
+}
+FORMATS = ",".join(CONTAINERS)
+_ASSUMED_RATE = 24  # frames a second of a file that states neither times nor a rate, as transformers has it
+_WIDEST_PIXEL = 10  # aspect ratios of pixels beyond this are damage
+
+
+class VideoFault(Exception):
+    """Why a video cannot be used, in words."""
+
+
+@dataclass(frozen=True, slots=True)
+class Index:
+    """The frames of a video in the order in which they are shown.
+
+    Attributes:
+        ticks: when each is shown, in units of `tick`, ascending.
+        firsts: the packet, counted from 0, from which on a decoder must be fed to get each.
+        tick: seconds.
+        last: how many ticks the last frame is shown.
+    """
+
+    ticks: Sequence[int]
+    firsts: Sequence[int]
+    tick: Fraction
+    last: int
+
+    @property
+    def seconds(self) -> float:
+        """From the first frame to the end of the last."""
+        return float((self.ticks[-1] - self.ticks[0] + self.last) * self.tick)
+
+
+def choose(index: Index, fps: float, start: float, end: float | None, most: int) -> list[tuple[float, int]]:
+    """(seconds, number of the frame) of the frames to take.
+
+    The frame that is shown at `start`, then for each multiple of 1 / fps behind it the first frame from there on, each
+    frame once; `end` itself is not part of it. More than `most` are thinned evenly: of n the frames floor(i n / most).
+    Seconds count from the first frame of the file. Half a tick is forgiven: containers round times to their ticks.
+
+    Raises VideoFault for a start behind the end of the video.
+    """
+    if start and start >= index.seconds:
+        raise VideoFault(f"the start at {start:g} s is behind its end, it is {index.seconds:g} s long")
+    zero, slack, step = index.ticks[0], Fraction(1, 2), 1 / (Fraction(fps) * index.tick)
+    begin = zero + Fraction(start) / index.tick
+    stop = math.inf if end is None else zero + Fraction(end) / index.tick
+    shown = max(0, bisect.bisect_right(index.ticks, begin + slack) - 1)
+    chosen, wanted = [shown], begin + step
+    for number in range(shown + 1, len(index.ticks)):
+        at = index.ticks[number] + slack
+        if at - slack >= stop:
+            break
+        if at >= wanted:
+            chosen.append(number)
+            wanted = begin + step * ((at - begin) // step + 1)
+    if len(chosen) > most:
+        chosen = [chosen[i * len(chosen) // most] for i in range(most)]
+    return [(max(start, float((index.ticks[number] - zero) * index.tick)), number) for number in chosen]
+
+
+def main() -> None:
+    """Answer the question in the first argument."""
+    question = json.loads(sys.argv[1])
+    sys.path[:] = question["path"]
+    import av
+    import PIL.Image
+
+    for module in pkgutil.walk_packages(av.__path__, "av."):  # it imports some when they are needed, which is too late
+        if module.name != "av.__main__":
+            importlib.import_module(module.name)
+    source = sys.stdin.buffer
+    size = 0
+    if not source.seekable():
+        source = io.BytesIO(source.read())
+        size = source.getbuffer().nbytes
+    runpy.run_path(str(Path(__file__).with_name("pdf_worker.py")))["limit_resources"](
+        question["memory"] + size, question["seconds"]
+    )
+    _open_nothing_more()
+    answer(av, PIL.Image, question, source, sys.stdout.buffer)
+
+
+def _open_nothing_more() -> None:
+    """No file and no socket from here on; those that are open stay. Windows has no such limit."""
+    try:
+        import resource
+    except ImportError:
+        return
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, 0))
+
+
+def answer(av: Any, images: Any, question: dict[str, Any], source: BinaryIO, out: BinaryIO) -> None:
+    """Write the answer to `question` about the video `source`, which can seek.
+
+    `av` and `images` (PIL.Image) are modules.     MemoryError ends the process, as crashes of decoders do.
+    """
+    reply: dict[str, Any]
+    pictures: list[bytes] = []
+    try:
+        if "targets" in question:
+            pictures = _decode(av, images, question, source)
+            reply = {"count": len(pictures)}
+        else:
+            reply = _measure(av, question, source)
+    except VideoFault as fault:
+        reply = {"error": str(fault)}
+    out.write(json.dumps(reply).encode() + b"\n")
+    for picture in pictures:
+        out.write(picture)
+    out.flush()
+
+
+def _open(av: Any, source: BinaryIO, pixels: int) -> tuple[Any, Any]:
+    """The container and its video stream."""
+    source.seek(0)
+    options = {"format_whitelist": FORMATS, "protocol_whitelist": "none"}
+    try:
+        container = av.open(source, options={"max_pixels": str(pixels)}, container_options=options)
+    except MemoryError:
+        raise
+    except Exception as error:  # FFmpegError, and what a decoder that does not exist becomes
+        kinds = ", ".join(CONTAINERS.values())
+        raise VideoFault(f"not a video that can be read ({kinds}): {_sentence(error)}") from None
+    streams = [one for one in container.streams.video if not one.disposition & av.stream.Disposition.attached_pic]
+    if not streams:
+        kinds = sorted({one.type for one in container.streams} - {"video"})
+        container.close()
+        raise VideoFault(f"no moving picture in it{', only ' + ' and '.join(kinds) if kinds else ''}")
+    stream = streams[0]
+    if stream.codec_context is None or not stream.time_base:
+        container.close()
+        raise VideoFault("its pictures are in a form that is not known here")
+    _check_pixels(stream.codec_context.width, stream.codec_context.height, pixels)
+    stream.codec_context.thread_count = 2
+    return container, stream
+
+
+def _check_pixels(width: int, height: int, pixels: int) -> None:
+    if width * height > pixels:
+        raise VideoFault(f"frames of {width}x{height} are {width * height} pixels, the limit is {pixels}")
+
+
+def _packets(container: Any, stream: Any, faults: list[str]) -> Iterator[Any]:
+    """The packets of the stream, the empty one at the end too; what ends them early goes to `faults`."""
+    try:
+        for packet in container.demux(stream):
+            if packet.is_corrupt:
+                faults.append("a packet is cut off or damaged")
+            yield packet
+    except MemoryError:
+        raise
+    except Exception as error:
+        faults.append(_sentence(error))
+
+
+def _frames(packet: Any, faults: list[str]) -> list[Any]:
+    """What the decoder gives for a packet; packets that it refuses give nothing."""
+    try:
+        return packet.decode()
+    except MemoryError:
+        raise
+    except Exception as error:
+        faults.append(_sentence(error))
+        return []
+
+
+# --- which frames there are
+
+
+def _measure(av: Any, question: dict[str, Any], source: BinaryIO) -> dict[str, Any]:
+    container, stream = _open(av, source, question["pixels"])
+    with container:
+        by = "time" if _states_times(stream, container) else "order"
+        index, frame, fault = _read_index(stream, container) if by == "time" else _count_frames(stream, container)
+    if index is None:
+        by = "order"
+        container, stream = _open(av, source, question["pixels"])
+        with container:
+            index, frame, fault = _count_frames(stream, container)
+    if frame is None:
+        raise VideoFault(f"damaged or encrypted, not one frame can be decoded{': ' + fault if fault else ''}")
+    if fault and (question["end"] is None or question["end"] > index.seconds):
+        raise VideoFault(f"damaged or cut off after {index.seconds:g} s, an end before that can be chosen: {fault}")
+    height, width = _shown_size(frame, stream)
+    _check_pixels(width, height, question["pixels"])
+    keys = index.ticks if by == "time" else range(len(index.ticks))
+    chosen = choose(index, question["fps"], question["start"], question["end"], question["most"])
+    frames = [[seconds, keys[number], index.firsts[number]] for seconds, number in chosen]
+    return {"height": height, "width": width, "by": by, "seconds": index.seconds, "frames": frames}
+
+
+def _states_times(stream: Any, container: Any) -> bool:
+    """Whether packets say when they are shown, and not only (or not even) in which order they are decoded."""
+    name = container.format.name
+    return name != "mpegvideo" and not (name == "avi" and stream.codec_context.has_b_frames)
+
+
+def _read_index(stream: Any, container: Any) -> tuple[Index | None, Any, str]:
+    """The index, from what the container says about its packets, the first frame, and what is wrong with the file.
+
+    Only the first frame is decoded. None for the index where packets do not say when they are shown.
+    """
+    faults: list[str] = []  # of the container
+    refused: list[str] = []  # by the decoder
+    shown: list[tuple[int, int, int]] = []  # time, number of the packet, how long
+    starts: list[tuple[int, int]] = []  # number and time of the packets that decoding can begin with
+    frame = None
+    for number, packet in enumerate(_packets(container, stream, faults)):
+        if packet.has_sidedata("encryption_info") or packet.has_sidedata("encryption_init_info"):
+            raise VideoFault("encrypted, and cannot be read without its key")
+        if frame is None:
+            frame = next(iter(_frames(packet, refused)), None)
+        if not packet.size:
+            continue
+        if packet.pts is None:
+            return None, None, ""
+        if packet.is_keyframe:
+            starts.append((number, packet.pts))
+        if not packet.is_discard:
+            shown.append((packet.pts, number, packet.duration or 0))
+    if not shown or frame is None:
+        return Index([0], [0], stream.time_base, 0), None, "; ".join((faults + refused)[:1])
+    shown.sort()
+    ticks = [at for at, _, _ in shown]
+    last = shown[-1][2] or (ticks[-1] - ticks[-2] if len(ticks) > 1 else 0)
+    firsts = _firsts(ticks, starts)
+    return Index(ticks, firsts, Fraction(stream.time_base), last), frame, "; ".join(faults[:1])
+
+
+def _firsts(ticks: Sequence[int], starts: Sequence[tuple[int, int]]) -> list[int]:
+    """For each frame the last packet to begin with that is shown no later; packets in the order of the file.
+
+    Frames that are shown before such a packet but stand behind it in the file may need what is before it.
+    """
+    by_time = sorted((at, number) for number, at in starts)
+    firsts, best, position = [], 0, 0
+    for at in ticks:
+        while position < len(by_time) and by_time[position][0] <= at:
+            best = max(best, by_time[position][1])
+            position += 1
+        firsts.append(best)
+    return firsts
+
+
+def _count_frames(stream: Any, container: Any) -> tuple[Index, Any, str]:
+    """The index of a file without times: every frame is decoded, and they follow each other at the stated rate."""
+    faults: list[str] = []
+    first, count = None, 0
+    for packet in _packets(container, stream, faults):
+        for frame in _frames(packet, faults):
+            first = frame if first is None else first
+            count += 1
+    rate = Fraction(stream.average_rate or stream.guessed_rate or _ASSUMED_RATE)
+    return Index(range(max(1, count)), [0] * max(1, count), 1 / rate, 1), first, "; ".join(faults[:1])
+
+
+# --- frames as they are shown
+
+
+def _matrix(frame: Any) -> tuple[int, int, int, int]:
+    """How the picture lies, from the display matrix of the file: (x, y) is shown at (a x + c y, b x + d y).
+
+    Angles between right ones count as the nearest right one, as in browsers.
+    """
+    for data in frame.side_data:
+        if data.type.name == "DISPLAYMATRIX" and data.buffer_size >= 36:
+            a, b, _, c, d = struct.unpack("=5i", bytes(data)[:20])
+            if abs(a) >= abs(b):
+                return (1 if a >= 0 else -1), 0, 0, (1 if d >= 0 else -1)
+            return 0, (1 if b >= 0 else -1), (1 if c >= 0 else -1), 0
+    return 1, 0, 0, 1
+
+
+def _shown_size(frame: Any, stream: Any) -> tuple[int, int]:
+    """(height, width) upright and with square pixels."""
+    aspect = Fraction(stream.sample_aspect_ratio or 1)
+    if not Fraction(1, _WIDEST_PIXEL) <= aspect <= _WIDEST_PIXEL:
+        aspect = Fraction(1)
+    height, width = frame.height, max(1, round(frame.width * aspect))
+    return (height, width) if _matrix(frame)[0] else (width, height)
+
+
+def _picture(images: Any, frame: Any, question: dict[str, Any]) -> bytes:
+    """RGB rows of a frame, upright, resized once."""
+    _check_pixels(frame.width, frame.height, question["pixels"])
+    turn = images.Transpose
+    turned = {
+        (1, 0, 0, 1): None,
+        (-1, 0, 0, 1): turn.FLIP_LEFT_RIGHT,
+        (1, 0, 0, -1): turn.FLIP_TOP_BOTTOM,
+        (-1, 0, 0, -1): turn.ROTATE_180,
+        (0, 1, -1, 0): turn.ROTATE_270,  # Pillow turns counter-clockwise
+        (0, -1, 1, 0): turn.ROTATE_90,
+        (0, 1, 1, 0): turn.TRANSPOSE,
+        (0, -1, -1, 0): turn.TRANSVERSE,
+    }[_matrix(frame)]
+    image = frame.to_image()
+    if turned is not None:
+        image = image.transpose(turned)
+    resample = {"bicubic": images.Resampling.BICUBIC, "bilinear": images.Resampling.BILINEAR}[question["resample"]]
+    size = (question["width"], question["height"])
+    return (image if image.size == size else image.resize(size, resample)).tobytes()
+
+
+def _decode(av: Any, images: Any, question: dict[str, Any], source: BinaryIO) -> list[bytes]:
+    container, stream = _open(av, source, question["pixels"])
+    with container:
+        targets = [(key, first) for key, first in question["targets"]]
+        by_time = question["by"] == "time"
+        return _decode_targets(container, stream, targets, by_time, lambda frame: _picture(images, frame, question))
+
+
+def _decode_targets(
+    container: Any,
+    stream: Any,
+    targets: Sequence[tuple[int, int]],
+    by_time: bool,
+    picture: Callable[[Any], bytes],
+) -> list[bytes]:
+    """The pictures of the targets. Packets that no target needs are skipped, and one decoded frame is kept.
+
+    A packet without a picture of its own (VP8 has such) shows the picture before it.
+    """
+    pending, done = deque(targets), []
+    faults: list[str] = []
+    latest: Any = None
+    decoding, count = False, 0
+
+    def take(frame: Any) -> None:
+        if frame is None:
+            raise VideoFault(f"damaged, a chosen frame cannot be decoded{': ' + faults[-1] if faults else ''}")
+        done.append(picture(frame))
+        pending.popleft()
+        faults.clear()
+
+    for number, packet in enumerate(_packets(container, stream, faults)):
+        if not pending:
+            break
+        if not decoding and number >= pending[0][1]:
+            stream.codec_context.flush_buffers()
+            decoding, latest = True, None
+        if not decoding:
+            continue
+        for frame in _frames(packet, faults):
+            key = frame.pts if by_time else count
+            count += 1
+            if key is None:
+                continue
+            while pending and key >= pending[0][0]:
+                if key > pending[0][0] and faults:
+                    raise VideoFault(f"damaged, a chosen frame cannot be decoded: {faults[-1]}")
+                take(frame if key == pending[0][0] or latest is None else latest)
+            latest = frame
+        # What the next target needs may be far ahead.
+        decoding = bool(pending) and pending[0][1] <= number
+    while pending:
+        take(None if faults else latest)
+    return done
+
+
+def _sentence(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+if __name__ == "__main__":
+    main()
