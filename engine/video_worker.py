@@ -21,6 +21,7 @@ Answer: one line of JSON, then, where frames were asked for, their RGB rows from
 from __future__ import annotations
 
 import bisect
+import errno
 import importlib
 import io
 import json
@@ -51,7 +52,13 @@ CONTAINERS = {
 }
 FORMATS = ",".join(CONTAINERS)
 _ASSUMED_RATE = 24  # frames a second of a file that states neither times nor a rate, as transformers has it
+# Containers that end silently where they are cut off, and whose header says how long they should be. Of the others mp4
+# says it by itself; streams and fragments, which have no header for the whole, give what is there.
+_STATING_LENGTH = ("matroska,webm", "flv")
+_SLACK_SECONDS = 1.0
 _WIDEST_PIXEL = 10  # aspect ratios of pixels beyond this are damage
+# Of PyAV's exceptions only the base class is common, and it raises others as well; these never mean the file.
+_NOT_THE_FILE = (MemoryError, TypeError, AttributeError, NameError)
 
 
 class VideoFault(Exception):
@@ -118,6 +125,8 @@ def main() -> None:
     for module in pkgutil.walk_packages(av.__path__, "av."):  # it imports some when they are needed, which is too late
         if module.name != "av.__main__":
             importlib.import_module(module.name)
+    sample = {"pixels": 256, "height": 8, "width": 8, "resample": "bicubic"}
+    _picture(PIL.Image, av.VideoFrame(16, 16, "yuv420p"), sample)  # so does Pillow
     source = sys.stdin.buffer
     size = 0
     if not source.seekable():
@@ -166,7 +175,7 @@ def _open(av: Any, source: BinaryIO, pixels: int) -> tuple[Any, Any]:
     options = {"format_whitelist": FORMATS, "protocol_whitelist": "none"}
     try:
         container = av.open(source, options={"max_pixels": str(pixels)}, container_options=options)
-    except MemoryError:
+    except _NOT_THE_FILE:
         raise
     except Exception as error:  # FFmpegError, and what a decoder that does not exist becomes
         kinds = ", ".join(CONTAINERS.values())
@@ -190,14 +199,14 @@ def _check_pixels(width: int, height: int, pixels: int) -> None:
         raise VideoFault(f"frames of {width}x{height} are {width * height} pixels, the limit is {pixels}")
 
 
-def _packets(container: Any, stream: Any, faults: list[str]) -> Iterator[Any]:
-    """The packets of the stream, the empty one at the end too; what ends them early goes to `faults`."""
+def _packets(container: Any, streams: Any, faults: list[str]) -> Iterator[Any]:
+    """The packets of a stream or of several, the empty ones at the end too; what ends them early goes to `faults`."""
     try:
-        for packet in container.demux(stream):
+        for packet in container.demux(streams):
             if packet.is_corrupt:
                 faults.append("a packet is cut off or damaged")
             yield packet
-    except MemoryError:
+    except _NOT_THE_FILE:
         raise
     except Exception as error:
         faults.append(_sentence(error))
@@ -207,9 +216,12 @@ def _frames(packet: Any, faults: list[str]) -> list[Any]:
     """What the decoder gives for a packet; packets that it refuses give nothing."""
     try:
         return packet.decode()
-    except MemoryError:
+    except _NOT_THE_FILE:
         raise
     except Exception as error:
+        # A thread of the decoder that cannot be started, or a buffer that it cannot get.
+        if getattr(error, "errno", None) in (errno.EAGAIN, errno.ENOMEM):
+            raise MemoryError from error
         faults.append(_sentence(error))
         return []
 
@@ -251,11 +263,18 @@ def _read_index(stream: Any, container: Any) -> tuple[Index | None, Any, str]:
     Only the first frame is decoded. None for the index where packets do not say when they are shown.
     """
     faults: list[str] = []  # of the container
+    heard = 0.0  # end of the latest packet of any stream, seconds
     refused: list[str] = []  # by the decoder
     shown: list[tuple[int, int, int]] = []  # time, number of the packet, how long
     starts: list[tuple[int, int]] = []  # number and time of the packets that decoding can begin with
     frame = None
-    for number, packet in enumerate(_packets(container, stream, faults)):
+    number = -1
+    for packet in _packets(container, list(container.streams), faults):
+        if packet.pts is not None and packet.time_base:
+            heard = max(heard, float((packet.pts + (packet.duration or 0)) * packet.time_base))
+        if packet.stream_index != stream.index:
+            continue
+        number += 1
         if packet.has_sidedata("encryption_info") or packet.has_sidedata("encryption_init_info"):
             raise VideoFault("encrypted, and cannot be read without its key")
         if frame is None:
@@ -270,11 +289,20 @@ def _read_index(stream: Any, container: Any) -> tuple[Index | None, Any, str]:
             shown.append((packet.pts, number, packet.duration or 0))
     if not shown or frame is None:
         return Index([0], [0], stream.time_base, 0), None, "; ".join((faults + refused)[:1])
+    if not faults and _declared(container) - heard > _SLACK_SECONDS:
+        faults.append(f"it should be {_declared(container):g} s long")
     shown.sort()
     ticks = [at for at, _, _ in shown]
     last = shown[-1][2] or (ticks[-1] - ticks[-2] if len(ticks) > 1 else 0)
     firsts = _firsts(ticks, starts)
     return Index(ticks, firsts, Fraction(stream.time_base), last), frame, "; ".join(faults[:1])
+
+
+def _declared(container: Any) -> float:
+    """Where the file should end by its own header, seconds; 0 where the header does not say."""
+    if container.format.name not in _STATING_LENGTH or container.duration is None:
+        return 0.0
+    return container.duration / 1e6
 
 
 def _firsts(ticks: Sequence[int], starts: Sequence[tuple[int, int]]) -> list[int]:

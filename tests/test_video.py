@@ -225,7 +225,7 @@ def test_frames_come_in_any_order_and_again():
         (lambda: b"hello, I am no video at all" * 100, "not a video that can be read"),
         (lambda: sound_only(), "no moving picture in it, only audio"),
         (lambda: clip(50)[:2000], "not a video that can be read"),
-        (lambda: clip(100, container="matroska")[:9000], "damaged or cut off"),
+        (lambda: cut(clip(100, container="matroska", options={"g": "10"})), "damaged or cut off after"),
         (
             lambda: clip(
                 30,
@@ -245,12 +245,26 @@ def test_what_cannot_be_read_says_why(make, reason):
         opened(make())
 
 
-def test_the_frames_before_a_cut_can_be_chosen():
-    data = clip(100, container="matroska", options={"g": "10"})
-    cut = data[: len(data) * 2 // 3]
+def cut(data: bytes) -> bytes:
+    return data[: len(data) * 2 // 3]
+
+
+@pytest.mark.parametrize(
+    ("container", "codec", "options"),
+    [
+        ("matroska", "libx264", {}),
+        ("webm", "libvpx-vp9", {}),
+        ("mp4", "libx264", {"movflags": "faststart"}),
+        ("flv", "libx264", {}),
+    ],
+)
+def test_the_frames_before_a_cut_can_be_chosen(container, codec, options, tmp_path):
+    path = tmp_path / "whole"
+    data = clip(100, container=container, codec=codec, options={"g": "10"}, container_options=options, path=path)
+    data = cut(data)
     with pytest.raises(VideoError, match="cut off after"):
-        opened(cut)
-    assert counters(opened(cut, end=1.5)) == [0, 25]
+        opened(data)
+    assert counters(opened(data, end=1.5)) == [0, 25]
 
 
 @pytest.mark.parametrize(
@@ -277,7 +291,7 @@ def test_a_range_that_is_not_possible(options, reason):
         ({"max_video_bytes": 1000}, "over the limit of 1000 bytes"),
         ({"max_pixels": 20_000}, f"{WIDTH}x{HEIGHT} are {WIDTH * HEIGHT} pixels, the limit is 20000"),
         ({"max_video_seconds": 0.01}, "not done after 0.01 seconds"),
-        ({"max_video_memory": 30 * 2**20}, "needs more than the limits|Cannot allocate memory"),
+        ({"max_video_memory": 30 * 2**20}, "needs more than the limits"),
     ],
 )
 def test_limits_are_named(limits, reason, tmp_path):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import av
@@ -59,6 +60,7 @@ def clip(
     numbers: Sequence[int] | None = None,
     size: tuple[int, int] | None = None,
     time_base: Fraction | None = None,
+    path: Path | None = None,
 ) -> bytes:
     """The file of a clip whose frame n shows n.
 
@@ -76,12 +78,13 @@ def clip(
         numbers: what frames show instead of their number.
         size: (height, width) that pictures are enlarged to.
         time_base: in which times are written; the default is fine enough for `times`, exact for a constant rate.
+        path: a file that is written on the way, for muxers that read what they have written.
     """
     file = io.BytesIO()
     constant = isinstance(times, int)
     shown = [Fraction(number, fps) for number in range(times)] if constant else [Fraction(time) for time in times]
     base = time_base or (Fraction(1, fps) if constant else Fraction(1, 1000))
-    with av.open(file, "w", format=container, options=container_options or {}) as output:
+    with av.open(path or file, "w", format=container, options=container_options or {}) as output:
         stream: Any = output.add_stream(codec, rate=fps, options=options or {})
         stream.height, stream.width = size or (height, WIDTH)
         stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
@@ -106,7 +109,7 @@ def clip(
         output.mux(stream.encode(None))
         if sound is not None:
             _silence(output, sound, float(shown[-1]) + 1 / fps)
-    return file.getvalue()
+    return path.read_bytes() if path else file.getvalue()
 
 
 def sound_only(container: str = "mp4") -> bytes:
