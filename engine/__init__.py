@@ -11,7 +11,7 @@ from .limits import Limits
 from .logprobs import Logprob
 from .parts import Image, Pdf, Turn, Video
 from .prompt import Text
-from .reply import Candidate, Chunk, EncodedImage, Reply, Timings, Usage
+from .reply import Candidate, Chunk, EncodedImage, EncodedVideo, Reply, Timings, Usage
 from .sampling import Sampling
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "Chat",
     "Chunk",
     "EncodedImage",
+    "EncodedVideo",
     "Engine",
     "Grammar",
     "Image",

@@ -15,10 +15,10 @@ from .parts import PartLike, Turn
 from .prefix_cache import Pin
 from .prompt import Text
 from .reading import ReadTurn
-from .reply import Chunk, EncodedImage, StageClock, whole_reply
+from .reply import Chunk, EncodedImage, EncodedVideo, StageClock, whole_reply
 from .reuse import Reuse
 from .sampling import Sampling
-from .seeing import SeenPrompt
+from .seeing import SeenPrompt, SeenView
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -61,7 +61,7 @@ class Chat:
     def history(self) -> tuple[Turn, ...]:
         """The user's and the assistant's turns, in the form that `Engine.generate` takes, without the system text.
 
-        Texts are `Text`, pictures and pages of documents are `EncodedImage`.
+        Texts are `Text`, pictures and pages of documents are `EncodedImage`, videos are `EncodedVideo`.
         """
         return self._turns
 
@@ -133,16 +133,18 @@ class Chat:
 
     def _settled(self, turn: ReadTurn, asked: SeenPrompt, clock: StageClock, reuse: Reuse) -> Turn:
         """The turn as it stays in the history: without files, its pictures encoded."""
-        views = dict(zip((span.media_index for span in asked.prompt.spans), asked.views, strict=True))
-        pictures = {id(picture): views[index] for index, picture in enumerate(asked.pictures)}
+        views: list[list[SeenView]] = [[] for _ in asked.pictures]
+        for span, view in zip(asked.prompt.spans, asked.views, strict=True):
+            views[span.media_index].append(view)
+        pictures = {id(picture): seen for picture, seen in zip(asked.pictures, views, strict=True)}
         role, parts = turn
-        settled: list[Text | EncodedImage] = []
+        settled: list[Text | EncodedImage | EncodedVideo] = []
         for part in parts:
             if isinstance(part, Text):
                 settled.append(part)
             else:
                 seen = pictures[id(part)]
-                settled.append(part.encoded or self._engine._encoded_image(part, seen, clock, reuse))
+                settled.append(part.encoded or self._engine._encoded(part, seen, clock, reuse))
         return Turn(role, settled)
 
     @contextmanager

@@ -16,14 +16,14 @@ from . import output
 from .chat import Chat
 from .engine import Engine
 from .errors import InputError, SiglanceError
-from .parts import Image, Pdf, turns_of
+from .parts import Image, Pdf, Video, turns_of
 from .prompt import Text
 from .reply import Reply
 
 __all__ = ["HELP", "converse"]
 
 HELP = """\
-/image FILE[@BUDGET]  show a picture or a PDF with the next message; the path of a file alone does the same
+/image FILE[@BUDGET]  show a picture, PDF or video with the next message; the path of a file alone does the same
 /reset                forget the conversation
 /save FILE            write the conversation as JSON
 /help                 this list
@@ -36,7 +36,7 @@ _PROMPT = "> "
 _CONTROLS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
 
-def converse(engine: Engine, chat: Chat, *, name: str, attach: Callable[[str], Image | Pdf]) -> None:
+def converse(engine: Engine, chat: Chat, *, name: str, attach: Callable[[str], Image | Pdf | Video]) -> None:
     """Talk until the input ends.
 
     Args:
@@ -80,12 +80,12 @@ def _lines(interactive: bool) -> Iterator[str]:
 class _Loop:
     """The conversation of one run of the program."""
 
-    def __init__(self, engine: Engine, chat: Chat, name: str, attach: Callable[[str], Image | Pdf]):
+    def __init__(self, engine: Engine, chat: Chat, name: str, attach: Callable[[str], Image | Pdf | Video]):
         self._engine = engine
         self._chat = chat
         self._name = name
         self._attach = attach
-        self._attached: list[tuple[Image | Pdf, str]] = []
+        self._attached: list[tuple[Image | Pdf | Video, str]] = []
         self._turns: list[dict[str, Any]] = []  # what /save writes
         self._console = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
         self._commands: dict[str, Callable[[str], None]] = {
@@ -175,7 +175,7 @@ class _Loop:
 def _is_file(line: str) -> bool:
     """Whether a line is what `Engine` would take for the path of a file, and there is one."""
     [(_, [part])] = turns_of(_unquoted(line), None)
-    return isinstance(part, Image) and isinstance(part.source, str) and Path(part.source).is_file()
+    return isinstance(part, Image | Video) and isinstance(part.source, str) and Path(part.source).is_file()
 
 
 def _unquoted(text: str) -> str:

@@ -24,13 +24,15 @@ from .errors import InputError, PromptError, SiglanceError
 from .grammar import MAX_GRAMMAR_BYTES, Grammar
 from .graph import usable_cores, versions
 from .limits import read_limits
-from .media import is_document
+from .media import is_document, is_moving
 from .options import (
     BudgetOption,
     BundleArgument,
     CacheOption,
     DeviceOption,
+    EndOption,
     FeatureCacheOption,
+    FpsOption,
     ImageOption,
     JsonOption,
     LimitOption,
@@ -41,13 +43,14 @@ from .options import (
     PromptOption,
     RawOption,
     SeedOption,
+    StartOption,
     Switch,
     SystemOption,
     TemperatureOption,
     TopKOption,
     TopPOption,
 )
-from .parts import Image, PartLike, Pdf
+from .parts import Image, PartLike, Pdf, Video
 from .prompt import Text
 from .reply import Reply
 from .runtime import PREFILL_CHUNK, Runtime
@@ -71,6 +74,9 @@ def run(
     bundle: BundleArgument = "demo",
     image: ImageOption = None,
     pages: PagesOption = None,
+    fps: FpsOption = None,
+    start: StartOption = None,
+    end: EndOption = None,
     prompt: PromptOption = "",
     system: SystemOption = None,
     image_tokens: BudgetOption = None,
@@ -124,7 +130,8 @@ def run(
     """Ask a question about pictures, or complete a text."""
     ids = None if prompt_ids is None else _read_ids(prompt_ids)
     limits = read_limits(limit or ())
-    parts = _parts(image, pages, prompt)
+    scene = _Scene(fps, start, end)
+    parts = _parts(image, pages, scene, prompt)
     if draw is not None and len(image or []) != 1:
         raise InputError(f"--draw draws on the picture of the prompt, which needs exactly one, not {len(image or [])}")
     if ids is None and not parts and not raw:
@@ -132,7 +139,7 @@ def run(
     for option, path in (("--logits", logits), ("--draw", draw)):
         output.check_place(option, path)
     drawing = None if draw is None else output.picture_format("--draw", draw)
-    canvas = None if draw is None else output.canvas(_attached(image, pages)[0], limits)
+    canvas = None if draw is None else output.canvas(_attached(image, pages, scene)[0], limits)
     sampling = Sampling(
         temperature=temperature,
         top_k=top_k,
@@ -198,6 +205,9 @@ def chat(
     top_p: TopPOption = None,
     min_p: MinPOption = None,
     seed: SeedOption = None,
+    fps: FpsOption = None,
+    start: StartOption = None,
+    end: EndOption = None,
     cache: CacheOption = Switch.on,
     feature_cache: FeatureCacheOption = None,
     limit: LimitOption = None,
@@ -216,7 +226,8 @@ def chat(
         )
         if bundle == "demo":
             output.note(output.DEMO_NOTE)
-        converse(engine, talk, name=engine.manifest.name, attach=lambda argument: _file(argument, None))
+        scene = _Scene(fps, start, end)
+        converse(engine, talk, name=engine.manifest.name, attach=lambda argument: _file(argument, None, scene))
 
 
 @app.command()
@@ -315,6 +326,9 @@ def count_tokens(
     bundle: BundleArgument = "demo",
     image: ImageOption = None,
     pages: PagesOption = None,
+    fps: FpsOption = None,
+    start: StartOption = None,
+    end: EndOption = None,
     prompt: PromptOption = "",
     system: SystemOption = None,
     image_tokens: BudgetOption = None,
@@ -324,7 +338,8 @@ def count_tokens(
     as_json: JsonOption = False,
 ) -> None:
     """Count the tokens of a prompt by modality, without running the model."""
-    parts = _parts(image, pages, prompt)
+    scene = _Scene(fps, start, end)
+    parts = _parts(image, pages, scene, prompt)
     with Engine.open(bundle, limits=read_limits(limit or ())) as engine:
         counts = engine.count_tokens(
             parts, system=system, image_tokens=image_tokens, raw=raw, pan_and_scan=pan_and_scan
@@ -335,24 +350,41 @@ def count_tokens(
         print("\n".join(f"{name} {count}" for name, count in counts.items()))
 
 
-def _parts(images: list[str] | None, pages: str | None, prompt: str) -> list[PartLike]:
-    return [*_attached(images, pages), *([Text(prompt)] if prompt else [])]
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Scene:
+    """What is wanted of videos."""
+
+    fps: float | None
+    start: float | None
+    end: float | None
+
+    def __str__(self) -> str:
+        given = {"--fps": self.fps, "--start": self.start, "--end": self.end}
+        return " ".join(f"{name} {value:g}" for name, value in given.items() if value is not None)
 
 
-def _attached(images: list[str] | None, pages: str | None) -> list[Image | Pdf]:
-    attached = [_file(argument, pages) for argument in images or []]
+def _parts(images: list[str] | None, pages: str | None, scene: _Scene, prompt: str) -> list[PartLike]:
+    return [*_attached(images, pages, scene), *([Text(prompt)] if prompt else [])]
+
+
+def _attached(images: list[str] | None, pages: str | None, scene: _Scene) -> list[Image | Pdf | Video]:
+    attached = [_file(argument, pages, scene) for argument in images or []]
+    if str(scene) and not any(isinstance(part, Video) for part in attached):
+        raise InputError(f"{scene}: none of the files is a video")
     if pages is not None and not any(isinstance(part, Pdf) for part in attached):
         raise InputError(f"--pages {pages}: none of the files is a PDF")
     return attached
 
 
-def _file(argument: str, pages: str | None) -> Image | Pdf:
+def _file(argument: str, pages: str | None, scene: _Scene) -> Image | Pdf | Video:
     """FILE or FILE@BUDGET; a file whose name really ends in @digits is found under its full name."""
     name, separator, budget = argument.rpartition("@")
     has_budget = separator and budget.isdecimal() and not os.path.exists(argument)
     source = name if has_budget else argument
     source = source if source.lower().startswith("data:") else Path(source)
     tokens = int(budget) if has_budget else None
+    if is_moving(source):
+        return Video(source, scene.fps, scene.start, scene.end, tokens)
     return Pdf(source, pages, tokens) if pages is not None and is_document(source) else Image(source, tokens)
 
 

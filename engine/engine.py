@@ -24,7 +24,7 @@ from .parts import Conversation, ImageInput, turns_of
 from .pictures import PreparedPicture
 from .prompt import Text
 from .reading import Reader, ReadTurn, count_by_modality, text_ids, tower_identity
-from .reply import Candidate, Chunk, EncodedImage, Reply, StageClock, Usage, whole_reply
+from .reply import Candidate, Chunk, EncodedImage, EncodedVideo, Reply, StageClock, Usage, whole_reply
 from .rests import Course, find_rests
 from .reuse import CACHE_BYTES, FEATURE_CACHE_BYTES, FEATURE_FOLDER_BYTES, Reuse
 from .runtime import PREFILL_CHUNK, Runtime, Session, SoftTokens
@@ -164,10 +164,11 @@ class Engine:
         Nothing runs before the first `next()`. Closing the generator cancels the work.
 
         Args:
-            conversation: a part, a list of parts (one user turn) or a list of `Turn`. A part is text, a picture
-                or a PDF; see `PartLike` for how a plain `str` is told apart.
+            conversation: a part, a list of parts (one user turn) or a list of `Turn`. A part is text, a picture,
+                a PDF or a video; see `PartLike` for how a plain `str` is told apart.
             system: text of a system turn in front.
-            image_tokens: token budget of every picture that has none of its own; None is the bundle's default.
+            image_tokens: token budget of every picture that has none of its own; None is the bundle's default. Frames
+                of videos have another one, see `Video`.
             max_tokens: most tokens of the reply.
             sampling: fields that are None take the bundle's defaults.
             stop: strings that end the reply just before them, any number.
@@ -358,6 +359,12 @@ class Engine:
     def _encoded_image(self, picture: PreparedPicture, view: SeenView, clock: StageClock, reuse: Reuse) -> EncodedImage:
         values = self._encode(view, clock, reuse)
         return EncodedImage(values, picture.size, tower_identity(self.manifest), picture.modality, view.content)
+
+    def _encoded(
+        self, picture: PreparedPicture, views: Sequence[SeenView], clock: StageClock, reuse: Reuse
+    ) -> EncodedImage | EncodedVideo:
+        encoded = tuple(self._encoded_image(picture, view, clock, reuse) for view in views)
+        return EncodedVideo(encoded, picture.times) if picture.times else encoded[0]
 
     def _soft_tokens(self, asked: SeenPrompt, clock: StageClock, reuse: Reuse, first: int = 0) -> list[SoftTokens]:
         """The soft tokens of the prompt that row `first` or later ones belong to."""

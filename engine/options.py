@@ -13,7 +13,9 @@ __all__ = [
     "BundleArgument",
     "CacheOption",
     "DeviceOption",
+    "EndOption",
     "FeatureCacheOption",
+    "FpsOption",
     "ImageOption",
     "JsonOption",
     "LimitOption",
@@ -24,6 +26,7 @@ __all__ = [
     "PromptOption",
     "RawOption",
     "SeedOption",
+    "StartOption",
     "Switch",
     "SystemOption",
     "TemperatureOption",
@@ -43,17 +46,29 @@ BundleArgument = Annotated[str, typer.Argument(help="Folder of a bundle, or a na
 ImageOption = Annotated[
     list[str] | None,
     typer.Option(
-        "-i", "--image", metavar="FILE[@BUDGET]", help="A picture or a PDF, with a token budget of its own if you like."
+        "-i",
+        "--image",
+        metavar="FILE[@BUDGET]",
+        help="A picture, PDF or video, with a token budget (of a frame) of its own if you like.",
     ),
 ]
 PagesOption = Annotated[
     str | None,
     typer.Option("--pages", metavar="A-B", help="Pages of the PDFs, such as 3, 1-3 or 1-3,7. Otherwise all."),
 ]
+FpsOption = Annotated[
+    float | None,
+    typer.Option("--fps", metavar="F", help="Frames a second of the videos. Otherwise the bundle's own, 1 as a rule."),
+]
+StartOption = Annotated[float | None, typer.Option("--start", metavar="S", help="Second at which the videos begin.")]
+EndOption = Annotated[float | None, typer.Option("--end", metavar="S", help="Second at which the videos end.")]
 LimitOption = Annotated[
     list[str] | None,
     typer.Option(
-        "--limit", metavar="NAME=N", help="Let larger files in: bytes, pixels, pages, page_seconds, page_memory."
+        "--limit",
+        metavar="NAME=N",
+        help="Let larger files in: bytes, pixels, pages, page_seconds, "
+        "page_memory, video_bytes, frames, video_seconds, video_memory.",
     ),
 ]
 PromptOption = Annotated[str, typer.Option("-p", "--prompt", metavar="TEXT", help="The question, after the pictures.")]

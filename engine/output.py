@@ -16,7 +16,7 @@ from .errors import InputError
 from .limits import Limits
 from .logprobs import Logprob
 from .media import PictureSource, read_media
-from .parts import Image, Pdf
+from .parts import Image, Pdf, Video
 from .reply import Candidate, Reply
 from .self_test import VerifyReport
 
@@ -120,8 +120,10 @@ def verify_json(report: VerifyReport) -> dict[str, Any]:
     return dataclasses.asdict(report)
 
 
-def canvas(part: Image | Pdf, limits: Limits) -> PictureSource:
+def canvas(part: Image | Pdf | Video, limits: Limits) -> PictureSource:
     """The one picture of a part, to draw on. Raises InputError if the part has several."""
+    if isinstance(part, Video):
+        raise InputError("--draw needs a picture, it does not draw on videos")
     pictures = read_media(part, 1, limits)
     if len(pictures) != 1:
         raise InputError(

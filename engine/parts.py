@@ -14,7 +14,7 @@ import PIL.Image
 from .errors import PromptError
 from .image import ImageSource
 from .prompt import Text
-from .reply import EncodedImage
+from .reply import EncodedImage, EncodedVideo
 from .sources import FileSource
 
 __all__ = ["Conversation", "Image", "ImageInput", "NormalPart", "PartLike", "Pdf", "Turn", "Video", "turns_of"]
@@ -84,7 +84,7 @@ class Video:
 
 
 ImageInput = Image | ImageSource | EncodedImage
-PartLike = Text | Pdf | Video | ImageInput
+PartLike = Text | Pdf | Video | ImageInput | EncodedVideo
 """A part of a prompt. A plain `str` is text, unless it is a data URI of a picture, PDF or video, or one line that ends
 like the name of such a file; wrap text that you did not write yourself in `Text` so that it can never name a file."""
 
@@ -99,7 +99,7 @@ class Turn:
     parts: PartLike | Sequence[PartLike]
 
 
-NormalPart = Text | Image | Pdf | Video | EncodedImage
+NormalPart = Text | Image | Pdf | Video | EncodedImage | EncodedVideo
 
 
 def turns_of(conversation: Conversation, system: str | None) -> list[tuple[str, list[NormalPart]]]:
@@ -123,7 +123,7 @@ def _normal_parts(parts: list[Any]) -> list[NormalPart]:
 
 
 def _normal_part(part: Any, index: int) -> NormalPart:
-    if isinstance(part, (Text, Image, Pdf, Video, EncodedImage)):
+    if isinstance(part, (Text, Image, Pdf, Video, EncodedImage, EncodedVideo)):
         return part
     if isinstance(part, str):
         if _VIDEO_NAME.fullmatch(part) or _VIDEO_URI.match(part):

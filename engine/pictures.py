@@ -15,7 +15,7 @@ from .image_policy import POLICIES, Layout, resize
 from .manifest import ImageFacts
 from .media import PictureSource
 from .prompt import Media, Prompt, Span
-from .reply import EncodedImage
+from .reply import EncodedImage, EncodedVideo
 from .video import clock
 
 __all__ = ["PreparedPicture", "View", "assign_spans", "lay_out"]
@@ -36,12 +36,14 @@ class PreparedPicture:
 
     source: PictureSource | None = None
     views: tuple[View, ...] = ()
-    encoded: EncodedImage | None = None
+    encoded: EncodedImage | EncodedVideo | None = None
     resample: str = "bicubic"
 
     @property
     def soft_tokens(self) -> tuple[int, ...]:
         """Number of soft tokens of each view."""
+        if isinstance(self.encoded, EncodedVideo):
+            return tuple(map(len, self.encoded.frames))
         if self.encoded is not None:
             return (len(self.encoded),)
         return tuple(view.layout.soft_tokens for view in self.views)
@@ -63,11 +65,17 @@ class PreparedPicture:
         return self.source.modality
 
     @property
+    def times(self) -> tuple[float, ...]:
+        """When each frame of a video is shown, in seconds; () for anything else."""
+        if isinstance(self.encoded, EncodedVideo):
+            return self.encoded.times
+        return () if self.source is None or self.source.clip is None else self.source.clip.times
+
+    @property
     def medium(self) -> Media:
         """What a prompt needs to know."""
-        clip = None if self.source is None else self.source.clip
-        if clip is not None:
-            frames = tuple(zip(map(clock, clip.times), self.soft_tokens, strict=True))
+        if self.times:
+            frames = tuple(zip(map(clock, self.times), self.soft_tokens, strict=True))
             return Media(kind="video", soft_tokens=sum(self.soft_tokens), frames=frames)
         whole, *crops = self.soft_tokens
         return Media(soft_tokens=whole, crops=tuple(crops))

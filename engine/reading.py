@@ -20,7 +20,7 @@ from .media import is_moving, read_media, read_video
 from .parts import Conversation, Image, Pdf, Video, turns_of
 from .pictures import PreparedPicture, assign_spans, lay_out
 from .prompt import Message, Prompt, PromptBuilder, Text, sole_turn
-from .reply import EncodedImage, StageClock
+from .reply import EncodedImage, EncodedVideo, StageClock
 from .sources import FileSource
 from .template import ChatTemplate
 
@@ -91,7 +91,7 @@ class Reader:
 
     def read_media(
         self,
-        part: Image | Pdf | Video | EncodedImage,
+        part: Image | Pdf | Video | EncodedImage | EncodedVideo,
         clock: StageClock,
         image_tokens: int | None,
         pan_and_scan: bool = False,
@@ -108,10 +108,10 @@ class Reader:
                 f"{'document' if isinstance(part, Pdf) else 'image'} {number}: this bundle has no vision input "
                 f"(modalities: {', '.join(self._manifest.modalities)})"
             )
-        if isinstance(part, EncodedImage):
+        if isinstance(part, EncodedImage | EncodedVideo):
             if part.bundle != tower_identity(self._manifest):
-                raise InputError(f"image {number} was encoded by another bundle")
-            if pan_and_scan:
+                raise InputError(f"{part.modality} {number} was encoded by another bundle")
+            if pan_and_scan and isinstance(part, EncodedImage):
                 raise InputError(f"image {number} is encoded already, it cannot be shown in crops (pan_and_scan)")
             return [PreparedPicture(encoded=part)]
         with clock.stage("decode_file"):

@@ -15,7 +15,17 @@ from .boxes import Box
 from .logprobs import Logprob
 from .sampling import Effective
 
-__all__ = ["Candidate", "Chunk", "EncodedImage", "Reply", "StageClock", "Timings", "Usage", "whole_reply"]
+__all__ = [
+    "Candidate",
+    "Chunk",
+    "EncodedImage",
+    "EncodedVideo",
+    "Reply",
+    "StageClock",
+    "Timings",
+    "Usage",
+    "whole_reply",
+]
 
 _Arguments = ParamSpec("_Arguments")
 
@@ -41,6 +51,27 @@ class EncodedImage:
         return len(self.soft_tokens)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class EncodedVideo:
+    """The chosen frames of a video, each encoded, and when each is shown, in seconds: what a chat remembers of one."""
+
+    frames: tuple[EncodedImage, ...] = field(repr=False)
+    times: tuple[float, ...]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of a frame."""
+        return self.frames[0].size
+
+    @property
+    def bundle(self) -> str:
+        return self.frames[0].bundle
+
+    @property
+    def modality(self) -> str:
+        return "video"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Usage:
     """Token counts. The stop token that ends a reply is not part of it and not counted.
@@ -48,7 +79,7 @@ class Usage:
     `completion_tokens` are those of all candidates; `forced_tokens` of them were not drawn, because the grammar left no
     choice.
     `by_modality` splits the prompt: "image" counts the soft tokens of pictures, "document" those of pages of documents
-    (absent if there are none), "text" everything else.
+    and "video" those of frames (absent if there are none), "text" everything else.
     """
 
     prompt_tokens: int

@@ -14,7 +14,7 @@ from .manifest import ImageFacts
 from .pictures import PreparedPicture
 from .prefix_cache import SoftRows, row_keys
 from .prompt import Prompt
-from .reply import StageClock
+from .reply import EncodedVideo, StageClock
 
 __all__ = ["SeenPrompt", "SeenView", "see", "see_all"]
 
@@ -61,11 +61,12 @@ class SeenPrompt:
 
 
 def see(picture: PreparedPicture, view: int, facts: ImageFacts | None, clock: StageClock) -> SeenView:
-    """Draw a page if it is one, resize and cut into patches. A picture that is encoded already is its soft tokens."""
+    """Draw a page or decode a frame, resize and cut into patches. What is encoded already is its soft tokens."""
     if picture.encoded is not None:
-        values = picture.encoded.soft_tokens
+        encoded = picture.encoded.frames[view] if isinstance(picture.encoded, EncodedVideo) else picture.encoded
+        values = encoded.soft_tokens
         # Made by hand it may have no key: then its values are what it is known by.
-        content = picture.encoded.content or hashlib.blake2b(values.tobytes(), digest_size=32).digest()
+        content = encoded.content or hashlib.blake2b(values.tobytes(), digest_size=32).digest()
         return SeenView(len(values), content, soft_tokens=values)
     assert facts is not None
     with clock.stage("decode_file"):
