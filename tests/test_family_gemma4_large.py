@@ -338,7 +338,8 @@ def test_wrong_embedders_are_far_away(rule, tiny_model, monkeypatch):
 def test_layers_that_need_the_mask_keep_all_tokens_and_the_bundle_says_what_that_costs(size):
     manifest = size.bundle.manifest
     assert {pair.kind for pair in manifest.state} == {"global"}
-    assert manifest.requires == (*("state:global", "logit_rows:any", "attention:image_blocks", "image:aspect_patches"),)
+    expected = "state:global", "logit_rows:any", "attention:image_blocks", "image:aspect_patches", "video:clock_frames"
+    assert manifest.requires == expected
     report = json.loads(size.bundle.path("export").read_text())
     # Three windowed layers with 2 heads of 16, two global layers with 1 head of 32, keys and values, four bytes each.
     assert "1280 bytes a token in float32" in report["notes"][0]
