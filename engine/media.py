@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ import PIL.Image
 
 from .errors import DocumentError, ImageError, InputError
 from .image import load_image
+from .known_files import NOTHING_KNOWN, KnownFiles, file_key
 from .limits import DEFAULT_LIMITS, Limits
 from .parts import Image, Pdf
 from .pdf import Page, is_pdf, open_pages
@@ -35,6 +37,7 @@ class PictureSource:
         proportions: (height, width) that the layout is computed from.
         pixels: (height, width) that the model will see -> uint8 [H, W, 3], RGB. An image gives all its pixels whatever
             is asked for; a page is drawn for this size, and may raise DocumentError.
+        file: the key of the encoded file that it comes from (`known_files.file_key`), None if there is none.
     """
 
     name: str
@@ -42,26 +45,46 @@ class PictureSource:
     size: tuple[int, int]
     proportions: tuple[int, int]
     pixels: Callable[[int, int], npt.NDArray[np.uint8]]
+    file: bytes | None = None
 
 
-def read_media(part: Image | Pdf, number: int, limits: Limits) -> list[PictureSource]:
+def read_media(
+    part: Image | Pdf, number: int, limits: Limits, known: KnownFiles = NOTHING_KNOWN
+) -> list[PictureSource]:
     """The pictures that an attached part stands for: one, or one for each chosen page of a document.
 
     What a file is, its content says: an `Image` that is a PDF is all its pages. `number` counts attachments from 1, for
-    messages. Raises ImageError and DocumentError, naming the part.
+    messages. A picture whose file is known is decoded only when its pixels are asked for. Raises ImageError and
+    DocumentError, naming the part.
     """
     if isinstance(part, Pdf):
         name = _name("document", number, part.source)
         return _pages(_read(part.source, limits, name, DocumentError), part, limits, name)
     name = _name("image", number, part.source)
     source = part.source
-    if not isinstance(source, np.ndarray | PIL.Image.Image):
-        source = _read(source, limits, name, ImageError)
-        if is_pdf(source):
-            return _pages(source, Pdf(source, tokens=part.tokens), limits, _name("document", number, part.source))
-    pixels = load_image(source, limits=limits, name=name)
-    size = pixels.shape[0], pixels.shape[1]
-    return [PictureSource(name, "image", size, size, lambda height, width: pixels)]
+    if isinstance(source, np.ndarray | PIL.Image.Image):
+        pixels = load_image(source, limits=limits, name=name)
+        return [_image(name, _size(pixels), lambda: pixels)]
+    data = _read(source, limits, name, ImageError)
+    if is_pdf(data):
+        return _pages(data, Pdf(data, tokens=part.tokens), limits, _name("document", number, part.source))
+    decode = functools.cache(lambda: load_image(data, limits=limits, name=name))
+    key = file_key(data)
+    size = known.get(tuple, key)
+    if size is None:
+        size = _size(decode())
+        known.put(size, key)
+    return [_image(name, size, decode, key)]
+
+
+def _image(
+    name: str, size: tuple[int, int], decode: Callable[[], npt.NDArray[np.uint8]], file: bytes | None = None
+) -> PictureSource:
+    return PictureSource(name, "image", size, size, lambda height, width: decode(), file)
+
+
+def _size(pixels: npt.NDArray[np.uint8]) -> tuple[int, int]:
+    return pixels.shape[0], pixels.shape[1]
 
 
 def is_document(source: str | Path) -> bool:
@@ -89,7 +112,12 @@ def _read(source: object, limits: Limits, name: str, kind: type[InputError]) -> 
 
 def _pages(document: bytes, part: Pdf, limits: Limits, name: str) -> list[PictureSource]:
     pages = open_pages(document, part.pages, limits, name)
-    return [PictureSource(page.name, "document", page.size, page.proportions, _drawer(page)) for page in pages]
+    return [
+        PictureSource(
+            page.name, "document", page.size, page.proportions, _drawer(page), file_key(document, 1 + page.index)
+        )
+        for page in pages
+    ]
 
 
 def _drawer(page: Page) -> Callable[[int, int], npt.NDArray[np.uint8]]:
