@@ -23,6 +23,7 @@ __all__ = [
     "FORMAT",
     "MANIFEST_NAME",
     "MECHANISMS",
+    "AudioFacts",
     "FileFact",
     "ImageFacts",
     "Manifest",
@@ -39,14 +40,17 @@ __all__ = [
 FORMAT = 1
 MANIFEST_NAME = "siglance.json"
 
-# Graphs ("vision" only with images), then the rest; without a "chat_template" it is a base model, always raw.
-FILES = ("vision", "embed", "decoder", "weights", "tokenizer", "chat_template", "self_test", "export")
+# Graphs ("vision" only with images, "audio" only with sound), then the rest; without a "chat_template" it is a base
+# model, always raw.
+FILES = ("vision", "audio", "embed", "decoder", "weights", "tokenizer", "chat_template", "self_test", "export")
 
 # What this engine can do. A bundle lists what it needs in `requires`; anything else is refused by name.
 MECHANISMS: frozenset[str] = frozenset(
     {
-        "attention:image_blocks",  # each run of soft tokens sees all of itself: the engine makes `block_ends`
+        "attention:image_blocks",  # each run of soft tokens of pictures sees all of itself: see `block_ends`
         "attention:prefix",  # the whole prompt sees all of itself: the engine makes `block_ends`
+        "audio:frames",  # a soft token is a fixed number of samples, the last one filled up with silence
+        "audio:log_mel",  # frames of two hops, those that end before the last sample; several frames a soft token
         "image:aspect_patches",  # resize to fill a token budget, whole multiples of patch*pool on both sides
         "image:squash",  # resize to one square size, whatever the aspect ratio
         "prompt:media_first",  # all media, the beginning-of-sequence token, the text, then `prompt.end`
@@ -101,6 +105,20 @@ class ImageFacts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AudioFacts:
+    """How many soft tokens a clip has; see `kernels.audio.FRAME_COUNTS` for the policies.
+
+    The front end is not here: the audio graph takes samples in [-1, 1] of one channel.
+    """
+
+    policy: str  # "log_mel" | "frames"
+    sample_rate: int  # samples a second
+    frame_step: int  # samples from one frame to the next
+    frames_per_token: int
+    max_tokens: int  # soft tokens of the longest clip that the model was made for
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PlaceholderFacts:
     """How one medium appears in the prompt: the template writes `item`; it becomes before + soft * n + after."""
 
@@ -112,7 +130,7 @@ class PlaceholderFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptFacts:
-    """Prompt facts. `begin` is the beginning-of-sequence token; `image` is null for a text-only bundle.
+    """Prompt facts. `begin` is the beginning-of-sequence token; `image` and `audio` are null for a bundle without.
 
     `layout` is "inline" (begin, then text and media in their order, by the chat template) or "media_first" (all media,
     begin, text, `end`; no template). `end` is text behind the question, "" for "inline".
@@ -122,6 +140,13 @@ class PromptFacts:
     layout: str = "inline"
     end: str = ""
     image: PlaceholderFacts | None
+    audio: PlaceholderFacts | None = None
+
+    @property
+    def placeholders(self) -> dict[str, PlaceholderFacts]:
+        """By the kind of medium, those that this bundle takes."""
+        listed = {"image": self.image, "audio": self.audio}
+        return {kind: facts for kind, facts in listed.items() if facts is not None}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,11 +193,12 @@ class Manifest:
     target: str  # "cpu" | "cuda"
     precision: str  # "fp32", later others; for people
     requires: tuple[str, ...]
-    modalities: tuple[str, ...]  # "text", "image"
+    modalities: tuple[str, ...]  # "text", "image", "audio"
     context: int  # tokens, prompt and reply together
     stop_ids: tuple[int, ...]
     files: dict[str, FileFact]  # keys are among FILES
     image: ImageFacts | None
+    audio: AudioFacts | None = None
     prompt: PromptFacts
     reply: ReplyFacts
     state: tuple[StatePair, ...]
@@ -274,8 +300,8 @@ def _check(manifest: Manifest) -> None:
     )
     for index, pair in enumerate(manifest.state):
         _require(pair.kind in ("global", "window"), f"state[{index}].kind", pair.kind, "'global' or 'window'")
-    known = "text" in manifest.modalities and set(manifest.modalities) <= {"text", "image"}
-    _require(known, "modalities", manifest.modalities, "'text', or 'text' and 'image'")
+    known = "text" in manifest.modalities and set(manifest.modalities) <= {"text", "image", "audio"}
+    _require(known, "modalities", manifest.modalities, "'text', and perhaps 'image' and 'audio'")
     _check_requires(manifest)
     sampling = manifest.sampling
     for key, value, highest in (
@@ -285,14 +311,17 @@ def _check(manifest: Manifest) -> None:
         ("min_p", sampling.min_p, 1),
     ):
         _require(value is None or 0 <= value <= highest, f"sampling.{key}", value, f"a number from 0 to {highest:g}")
-    has_image = "image" in manifest.modalities
-    for key, present in (
-        ("image", manifest.image is not None),
-        ("prompt.image", manifest.prompt.image is not None),
-        ("files.vision", "vision" in manifest.files),
-    ):
-        _require(present == has_image, key, present, f"presence to follow 'image' in modalities ({has_image})")
+    for medium, graph, facts in (("image", "vision", manifest.image), ("audio", "audio", manifest.audio)):
+        wanted = medium in manifest.modalities
+        for key, present in (
+            (medium, facts is not None),
+            (f"prompt.{medium}", medium in manifest.prompt.placeholders),
+            (f"files.{graph}", graph in manifest.files),
+        ):
+            _require(present == wanted, key, present, f"presence to follow {medium!r} in modalities ({wanted})")
     _check_prompt(manifest)
+    if manifest.audio is not None:
+        _check_audio(manifest.audio, manifest.requires)
     if manifest.image is not None:
         _check_image(manifest.image, manifest.requires)
 
@@ -324,6 +353,13 @@ def _check_prompt(manifest: Manifest) -> None:
     _require(
         not (first and template), "files", sorted(manifest.files), "no chat template with the layout 'media_first'"
     )
+
+
+def _check_audio(facts: AudioFacts, requires: tuple[str, ...]) -> None:
+    mechanism = f"audio:{facts.policy}"
+    _require(mechanism in requires, "requires", requires, f"{mechanism!r} among them")
+    for key in ("sample_rate", "frame_step", "frames_per_token", "max_tokens"):
+        _require(getattr(facts, key) > 0, f"audio.{key}", getattr(facts, key), "a positive number")
 
 
 def _check_image(facts: ImageFacts, requires: tuple[str, ...]) -> None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...engine.errors import ExportError
-from ...engine.manifest import ImageFacts, PlaceholderFacts, ReplyFacts, StatePair
+from ...engine.manifest import AudioFacts, ImageFacts, PlaceholderFacts, ReplyFacts, StatePair
 from ..builder import GraphBuilder
 from ..checkpoint import Checkpoint, Weights
 
@@ -44,6 +44,8 @@ class Facts:
     image_prompt: PlaceholderFacts | None
     reply: ReplyFacts
     turn_ends: tuple[str, ...]  # tokens that end a model turn, beside the checkpoint's own end-of-sequence ids
+    audio: AudioFacts | None = None
+    audio_prompt: PlaceholderFacts | None = None
     context: int | None = None  # tokens the model was made for, if config.json leaves that to the class's default
     layout: str = "inline"  # see PromptFacts; "media_first" bundles have no chat template
     prompt_end: str = ""
