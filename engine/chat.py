@@ -122,8 +122,8 @@ class Chat:
         engine, pin = self._engine, Pin()
         reuse = dataclasses.replace(engine._reuse, pin=pin) if self._cache else engine._reuse.off()
         conversation = [*self._turns, Turn("user", parts)]
-        turns = engine._reader.read(conversation, clock, system=self.system, image_tokens=image_tokens)
-        asked = engine._see(turns, clock)
+        turns = engine._reader.read(conversation, clock, self.system, image_tokens, known=reuse.files)
+        asked = engine._see(turns, clock, reuse)
         for chunk in engine._answer(asked, rules, clock, reuse):
             if chunk.reply is not None:
                 said = self._settled(turns[-1], asked, clock, reuse)

@@ -208,11 +208,10 @@ class Engine:
             logprobs=logprobs,
         )
         check_positive("prefill_chunk", prefill_chunk)
-        turns = self._reader.read(
-            conversation, clock, system=system, image_tokens=image_tokens, pan_and_scan=pan_and_scan
-        )
-        asked = self._see(turns, clock, raw=raw, prompt_ids=prompt_ids)
-        yield from self._answer(asked, rules, clock, self._reuse if cache else self._reuse.off(), prefill_chunk)
+        reuse = self._reuse if cache else self._reuse.off()
+        turns = self._reader.read(conversation, clock, system, image_tokens, pan_and_scan, reuse.files)
+        asked = self._see(turns, clock, reuse, raw=raw, prompt_ids=prompt_ids)
+        yield from self._answer(asked, rules, clock, reuse, prefill_chunk)
 
     generate = whole_reply(stream)
 
@@ -239,12 +238,13 @@ class Engine:
         if isinstance(part, Text):
             raise InputError("encode takes a picture, not text")
         clock = StageClock()
-        pictures = self._reader.read_media(part, clock, image_tokens)
+        pictures = self._reader.read_media(part, clock, image_tokens, known=self._reuse.files)
         if any(picture.medium.kind != "image" for picture in pictures):
             raise InputError(f"encode takes one picture, not a {pictures[0].modality}")
         if len(pictures) > 1:
             raise InputError(f"encode takes one picture, not a document of {len(pictures)} pages: choose one with Pdf")
-        return self._encoded_image(pictures[0], see(pictures[0], 0, self.manifest.image, clock), clock, self._reuse)
+        view = see(pictures[0], 0, self.manifest.image, clock, self._reuse.files)
+        return self._encoded_image(pictures[0], view, clock, self._reuse)
 
     def count_tokens(
         self,
@@ -256,9 +256,8 @@ class Engine:
         pan_and_scan: bool = False,
     ) -> dict[str, int]:
         """Prompt tokens by modality and in "total", without running a graph."""
-        turns = self._reader.read(
-            conversation, StageClock(), system=system, image_tokens=image_tokens, pan_and_scan=pan_and_scan
-        )
+        files = self._reuse.files
+        turns = self._reader.read(conversation, StageClock(), system, image_tokens, pan_and_scan, files)
         pictures, prompt = self._reader.prompt(turns, raw=raw)
         return {"total": len(prompt.ids), **count_by_modality(prompt, pictures)}
 
@@ -274,10 +273,8 @@ class Engine:
     ) -> np.ndarray:
         """Logits of every row of the prompt, float32 [prompt tokens, vocabulary]."""
         clock = StageClock()
-        turns = self._reader.read(
-            conversation, clock, system=system, image_tokens=image_tokens, pan_and_scan=pan_and_scan
-        )
-        asked = self._see(turns, clock, raw=raw, prompt_ids=prompt_ids)
+        turns = self._reader.read(conversation, clock, system, image_tokens, pan_and_scan, self._reuse.files)
+        asked = self._see(turns, clock, self._reuse, raw=raw, prompt_ids=prompt_ids)
         soft = self._soft_tokens(asked, clock, self._reuse)
         with self._turn:
             return self.runtime.session().prompt_logits(asked.prompt.ids, soft)
@@ -293,13 +290,14 @@ class Engine:
         self,
         turns: Sequence[ReadTurn],
         clock: StageClock,
+        reuse: Reuse,
         *,
         raw: bool = False,
         prompt_ids: Sequence[int] | None = None,
     ) -> SeenPrompt:
         """Lay out the prompt, then look at its pictures: nothing is drawn or resized for a prompt that is refused."""
         pictures, prompt = self._reader.prompt(turns, raw=raw, prompt_ids=prompt_ids)
-        return see_all(prompt, pictures, self.manifest.image, clock)
+        return see_all(prompt, pictures, self.manifest.image, clock, reuse.files)
 
     def _answer(
         self, asked: SeenPrompt, rules: Rules, clock: StageClock, reuse: Reuse, prefill_chunk: int = PREFILL_CHUNK
@@ -346,15 +344,17 @@ class Engine:
         """Soft tokens of a view, float32 [length, D]."""
         if view.soft_tokens is not None:
             return view.soft_tokens
-        assert view.patches is not None
+        assert view.look is not None
         with clock.stage("vision"):
             known = reuse.features.get(view.content, (view.length, self.runtime.hidden))
-            if known is not None:
-                return view.resolve(known)
+        if known is not None:
+            return view.resolve(known)
+        patches = view.look()
+        with clock.stage("vision"):
             with self._turn:
-                values = self.runtime.encode(view.patches.values, view.patches.positions, view.length)
+                values = self.runtime.encode(patches.values, patches.positions, view.length)
             reuse.features.put(view.content, values)
-            return view.resolve(values)
+        return view.resolve(values)
 
     def _encoded_image(self, picture: PreparedPicture, view: SeenView, clock: StageClock, reuse: Reuse) -> EncodedImage:
         values = self._encode(view, clock, reuse)

@@ -27,7 +27,7 @@ def inspect_graph(path: Path) -> dict[str, Any]:
 def inspect_bundle(bundle: Bundle) -> dict[str, Any]:
     """Facts of the manifest, the graphs, and where each decoder input comes from."""
     manifest = bundle.manifest
-    names = [name for name in ("vision", "embed", "decoder") if name in manifest.files]
+    names = [name for name in ("vision", "audio", "embed", "decoder") if name in manifest.files]
     graphs = {name: inspect_graph(bundle.path(name)) for name in names}
     state = {pair.input: pair.kind for pair in manifest.state}
     wires = {}
@@ -35,7 +35,10 @@ def inspect_bundle(bundle: Bundle) -> dict[str, Any]:
         wires[name] = (
             f"state ({state[name]})" if name in state else "embed" if name in graphs["embed"]["outputs"] else "engine"
         )
-    image = manifest.image
+    image, audio = manifest.image, manifest.audio
+    seconds = None
+    if audio is not None:
+        seconds = audio.max_tokens * audio.frames_per_token * audio.frame_step / audio.sample_rate
     return {
         "name": manifest.name,
         "family": manifest.family,
@@ -50,6 +53,7 @@ def inspect_bundle(bundle: Bundle) -> dict[str, Any]:
         "image_budgets": list(image.budgets) if image else [],
         "default_image_budget": image.default_budget if image else None,
         "pan_and_scan": image is not None and image.pan_and_scan is not None,
+        "longest_sound_seconds": seconds,
         "prompt_layout": manifest.prompt.layout,
         "chat_template": "chat_template" in manifest.files,
         "files": {name: fact.size for name, fact in manifest.files.items()},

@@ -23,6 +23,7 @@ __all__ = [
     "FORMAT",
     "MANIFEST_NAME",
     "MECHANISMS",
+    "AudioFacts",
     "FileFact",
     "FramesFacts",
     "ImageFacts",
@@ -41,14 +42,17 @@ __all__ = [
 FORMAT = 1
 MANIFEST_NAME = "siglance.json"
 
-# Graphs ("vision" only with images), then the rest; without a "chat_template" it is a base model, always raw.
-FILES = ("vision", "embed", "decoder", "weights", "tokenizer", "chat_template", "self_test", "export")
+# Graphs ("vision" only with images, "audio" only with sound), then the rest; without a "chat_template" it is a base
+# model, always raw.
+FILES = ("vision", "audio", "embed", "decoder", "weights", "tokenizer", "chat_template", "self_test", "export")
 
 # What this engine can do. A bundle lists what it needs in `requires`; anything else is refused by name.
 MECHANISMS: frozenset[str] = frozenset(
     {
-        "attention:image_blocks",  # each run of soft tokens sees all of itself: the engine makes `block_ends`
+        "attention:image_blocks",  # each run of soft tokens of pictures sees all of itself: see `block_ends`
         "attention:prefix",  # the whole prompt sees all of itself: the engine makes `block_ends`
+        "audio:frames",  # a soft token is a fixed number of samples, the last one filled up with silence
+        "audio:log_mel",  # frames of two hops, those that end before the last sample; several frames a soft token
         "image:aspect_patches",  # resize to fill a token budget, whole multiples of patch*pool on both sides
         "image:squash",  # resize to one square size, whatever the aspect ratio
         "prompt:media_first",  # all media, the beginning-of-sequence token, the text, then `prompt.end`
@@ -113,6 +117,20 @@ class VideoFacts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AudioFacts:
+    """How many soft tokens a clip has; see `kernels.audio.FRAME_COUNTS` for the policies.
+
+    The front end is not here: the audio graph takes samples in [-1, 1] of one channel.
+    """
+
+    policy: str  # "log_mel" | "frames"
+    sample_rate: int  # samples a second
+    frame_step: int  # samples from one frame to the next
+    frames_per_token: int
+    max_tokens: int  # soft tokens of the longest clip that the model was made for
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PlaceholderFacts:
     """How one medium appears in the prompt: the template writes `item`; it becomes before + soft * n + after."""
 
@@ -134,8 +152,7 @@ class FramesFacts(PlaceholderFacts):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptFacts:
-    """Prompt facts. `begin` is the beginning-of-sequence token; `image` is null for a text-only bundle, `video` for
-    one that does not know videos.
+    """Prompt facts. `begin` is the beginning-of-sequence token; `image`, `video` and `audio` are null for one without.
 
     `layout` is "inline" (begin, then text and media in their order, by the chat template) or "media_first" (all media,
     begin, text, `end`; no template). `end` is text behind the question, "" for "inline".
@@ -146,11 +163,12 @@ class PromptFacts:
     end: str = ""
     image: PlaceholderFacts | None
     video: FramesFacts | None = None
+    audio: PlaceholderFacts | None = None
 
     @property
     def placeholders(self) -> dict[str, PlaceholderFacts]:
-        """By the kind of the medium, those that this bundle knows."""
-        listed = {"image": self.image, "video": self.video}
+        """By the kind of medium, those that this bundle takes."""
+        listed = {"image": self.image, "video": self.video, "audio": self.audio}
         return {kind: facts for kind, facts in listed.items() if facts is not None}
 
 
@@ -198,12 +216,13 @@ class Manifest:
     target: str  # "cpu" | "cuda"
     precision: str  # "fp32", later others; for people
     requires: tuple[str, ...]
-    modalities: tuple[str, ...]  # "text", "image", "video"
+    modalities: tuple[str, ...]  # "text", "image", "video", "audio"
     context: int  # tokens, prompt and reply together
     stop_ids: tuple[int, ...]
     files: dict[str, FileFact]  # keys are among FILES
     image: ImageFacts | None
     video: VideoFacts | None = None
+    audio: AudioFacts | None = None
     prompt: PromptFacts
     reply: ReplyFacts
     state: tuple[StatePair, ...]
@@ -305,9 +324,9 @@ def _check(manifest: Manifest) -> None:
     )
     for index, pair in enumerate(manifest.state):
         _require(pair.kind in ("global", "window"), f"state[{index}].kind", pair.kind, "'global' or 'window'")
-    known = "text" in manifest.modalities and set(manifest.modalities) <= {"text", "image", "video"}
+    known = "text" in manifest.modalities and set(manifest.modalities) <= {"text", "image", "video", "audio"}
     known = known and ("image" in manifest.modalities or "video" not in manifest.modalities)
-    _require(known, "modalities", manifest.modalities, "'text', with 'image' perhaps, and with that perhaps 'video'")
+    _require(known, "modalities", manifest.modalities, "'text', perhaps 'image' and 'audio', and 'video' with 'image'")
     _check_requires(manifest)
     sampling = manifest.sampling
     for key, value, highest in (
@@ -317,13 +336,14 @@ def _check(manifest: Manifest) -> None:
         ("min_p", sampling.min_p, 1),
     ):
         _require(value is None or 0 <= value <= highest, f"sampling.{key}", value, f"a number from 0 to {highest:g}")
-    has_image = "image" in manifest.modalities
-    for key, present in (
-        ("image", manifest.image is not None),
-        ("prompt.image", manifest.prompt.image is not None),
-        ("files.vision", "vision" in manifest.files),
-    ):
-        _require(present == has_image, key, present, f"presence to follow 'image' in modalities ({has_image})")
+    for medium, graph, facts in (("image", "vision", manifest.image), ("audio", "audio", manifest.audio)):
+        wanted = medium in manifest.modalities
+        for key, present in (
+            (medium, facts is not None),
+            (f"prompt.{medium}", medium in manifest.prompt.placeholders),
+            (f"files.{graph}", graph in manifest.files),
+        ):
+            _require(present == wanted, key, present, f"presence to follow {medium!r} in modalities ({wanted})")
     has_video = "video" in manifest.modalities
     for key, present in (
         ("video", manifest.video is not None),
@@ -334,6 +354,8 @@ def _check(manifest: Manifest) -> None:
     _check_prompt(manifest)
     if manifest.video is not None:
         _check_video(manifest.video)
+    if manifest.audio is not None:
+        _check_audio(manifest.audio, manifest.requires)
     if manifest.image is not None:
         _check_image(manifest.image, manifest.requires)
 
@@ -372,6 +394,13 @@ def _check_video(facts: VideoFacts) -> None:
     one_of = f"one of {facts.budgets}"
     _require(facts.default_budget in facts.budgets, "video.default_budget", facts.default_budget, one_of)
     _require(0 < facts.fps < math.inf, "video.fps", facts.fps, "a positive number")
+
+
+def _check_audio(facts: AudioFacts, requires: tuple[str, ...]) -> None:
+    mechanism = f"audio:{facts.policy}"
+    _require(mechanism in requires, "requires", requires, f"{mechanism!r} among them")
+    for key in ("sample_rate", "frame_step", "frames_per_token", "max_tokens"):
+        _require(getattr(facts, key) > 0, f"audio.{key}", getattr(facts, key), "a positive number")
 
 
 def _check_image(facts: ImageFacts, requires: tuple[str, ...]) -> None:

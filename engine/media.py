@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ import PIL.Image
 
 from .errors import DocumentError, ImageError, InputError
 from .image import load_image
+from .known_files import NOTHING_KNOWN, KnownFiles, file_key
 from .limits import DEFAULT_LIMITS, Limits
 from .parts import Image, Pdf, Video
 from .pdf import Page, is_pdf, open_pages
@@ -36,6 +38,7 @@ class PictureSource:
         proportions: (height, width) that the layout is computed from.
         pixels: (height, width) that the model will see -> uint8 [H, W, 3], RGB. An image gives all its pixels whatever
             is asked for; a page is drawn for this size, and may raise DocumentError. A video has none.
+        file: the key of the encoded file that it comes from (`known_files.file_key`), None if there is none.
         clip: the frames of a video.
     """
 
@@ -44,6 +47,7 @@ class PictureSource:
     size: tuple[int, int]
     proportions: tuple[int, int]
     pixels: Callable[[int, int], npt.NDArray[np.uint8]]
+    file: bytes | None = None
     clip: Clip | None = None
 
     @property
@@ -52,24 +56,43 @@ class PictureSource:
         return 1 if self.clip is None else len(self.clip.times)
 
 
-def read_media(part: Image | Pdf, number: int, limits: Limits) -> list[PictureSource]:
+def read_media(
+    part: Image | Pdf, number: int, limits: Limits, known: KnownFiles = NOTHING_KNOWN
+) -> list[PictureSource]:
     """The pictures that an attached part stands for: one, or one for each chosen page of a document.
 
     What a file is, its content says: an `Image` that is a PDF is all its pages. `number` counts attachments from 1, for
-    messages. Raises ImageError and DocumentError, naming the part.
+    messages. A picture whose file is known is decoded only when its pixels are asked for. Raises ImageError and
+    DocumentError, naming the part.
     """
     if isinstance(part, Pdf):
         name = _name("document", number, part.source)
         return _pages(_read(part.source, limits, name, DocumentError), part, limits, name)
     name = _name("image", number, part.source)
     source = part.source
-    if not isinstance(source, np.ndarray | PIL.Image.Image):
-        source = _read(source, limits, name, ImageError)
-        if is_pdf(source):
-            return _pages(source, Pdf(source, tokens=part.tokens), limits, _name("document", number, part.source))
-    pixels = load_image(source, limits=limits, name=name)
-    size = pixels.shape[0], pixels.shape[1]
-    return [PictureSource(name, "image", size, size, lambda height, width: pixels)]
+    if isinstance(source, np.ndarray | PIL.Image.Image):
+        pixels = load_image(source, limits=limits, name=name)
+        return [_image(name, _size(pixels), lambda: pixels)]
+    data = _read(source, limits, name, ImageError)
+    if is_pdf(data):
+        return _pages(data, Pdf(data, tokens=part.tokens), limits, _name("document", number, part.source))
+    decode = functools.cache(lambda: load_image(data, limits=limits, name=name))
+    key = file_key(data)
+    size = known.get(tuple, key)
+    if size is None:
+        size = _size(decode())
+        known.put(size, key)
+    return [_image(name, size, decode, key)]
+
+
+def _image(
+    name: str, size: tuple[int, int], decode: Callable[[], npt.NDArray[np.uint8]], file: bytes | None = None
+) -> PictureSource:
+    return PictureSource(name, "image", size, size, lambda height, width: decode(), file)
+
+
+def _size(pixels: npt.NDArray[np.uint8]) -> tuple[int, int]:
+    return pixels.shape[0], pixels.shape[1]
 
 
 def read_video(part: Video, number: int, limits: Limits, fps: float) -> PictureSource:
@@ -82,7 +105,7 @@ def read_video(part: Video, number: int, limits: Limits, fps: float) -> PictureS
     def no_pixels(height: int, width: int) -> npt.NDArray[np.uint8]:
         raise AssertionError("the frames of a video come from its clip")
 
-    return PictureSource(name, "video", size, size, no_pixels, clip)
+    return PictureSource(name, "video", size, size, no_pixels, clip=clip)
 
 
 def is_moving(source: object) -> bool:
@@ -130,7 +153,12 @@ def _read(source: object, limits: Limits, name: str, kind: type[InputError]) -> 
 
 def _pages(document: bytes, part: Pdf, limits: Limits, name: str) -> list[PictureSource]:
     pages = open_pages(document, part.pages, limits, name)
-    return [PictureSource(page.name, "document", page.size, page.proportions, _drawer(page)) for page in pages]
+    return [
+        PictureSource(
+            page.name, "document", page.size, page.proportions, _drawer(page), file_key(document, 1 + page.index)
+        )
+        for page in pages
+    ]
 
 
 def _drawer(page: Page) -> Callable[[int, int], npt.NDArray[np.uint8]]:

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 
 from .bundle import Bundle
 from .errors import BundleError, ContextFull, InputError, PromptError
+from .known_files import NOTHING_KNOWN, KnownFiles
 from .limits import Limits
 from .manifest import Manifest
 from .media import is_moving, read_media, read_video
@@ -49,10 +50,10 @@ class Reader:
         self,
         conversation: Conversation,
         clock: StageClock,
-        *,
         system: str | None = None,
         image_tokens: int | None = None,
         pan_and_scan: bool = False,
+        known: KnownFiles = NOTHING_KNOWN,
     ) -> list[ReadTurn]:
         """The turns of a conversation with all media read. Raises InputError."""
         if pan_and_scan and (self._manifest.image is None or self._manifest.image.pan_and_scan is None):
@@ -66,7 +67,7 @@ class Reader:
                     read.append(part)
                     continue
                 attached += 1
-                read += self.read_media(part, clock, image_tokens, pan_and_scan, attached)
+                read += self.read_media(part, clock, image_tokens, pan_and_scan, attached, known)
             turns.append((role, read))
         return turns
 
@@ -96,6 +97,7 @@ class Reader:
         image_tokens: int | None,
         pan_and_scan: bool = False,
         number: int = 1,
+        known: KnownFiles = NOTHING_KNOWN,
     ) -> list[PreparedPicture]:
         """Read attachment `number`, counted from 1, and lay it out: one picture, one for each page of a document, or
         a video. `image_tokens` and `pan_and_scan` are not for videos."""
@@ -115,7 +117,7 @@ class Reader:
                 raise InputError(f"image {number} is encoded already, it cannot be shown in crops (pan_and_scan)")
             return [PreparedPicture(encoded=part)]
         with clock.stage("decode_file"):
-            sources = read_media(part, number, self._limits)
+            sources = read_media(part, number, self._limits, known)
         budget = image_tokens if part.tokens is None else part.tokens
         return [lay_out(source, self._manifest.image, budget, pan_and_scan=pan_and_scan) for source in sources]
 

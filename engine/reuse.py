@@ -11,6 +11,7 @@ import numpy as np
 
 from .errors import InputError
 from .feature_cache import FeatureCache, FeatureFolder
+from .known_files import NOTHING_KNOWN, KnownFiles
 from .manifest import Manifest
 from .prefix_cache import Pin, PrefixCache
 from .reading import tower_identity
@@ -36,6 +37,7 @@ class Reuse:
 
     prefixes: PrefixCache
     features: FeatureCache
+    files: KnownFiles
     exact: bool = True
     pin: Pin | None = None
 
@@ -65,12 +67,13 @@ class Reuse:
         return cls(
             PrefixCache(cache_bytes if reusable else 0),
             FeatureCache(feature_cache_bytes, folder),
+            KnownFiles(),
             exact=manifest.precision != "fp32",
         )
 
     def off(self) -> Reuse:
         """For a request that neither takes nor leaves anything."""
-        return dataclasses.replace(self, prefixes=PrefixCache(0), features=FeatureCache(0))
+        return dataclasses.replace(self, prefixes=PrefixCache(0), features=FeatureCache(0), files=NOTHING_KNOWN)
 
     def course(self, session: Session, asked: SeenPrompt, rests: Rests, chunk: int) -> Course:
         """How to run a prompt, at most `chunk` rows at once. With and without caches it is the same in exact reuse."""
@@ -110,3 +113,4 @@ class Reuse:
         """Forget everything; files stay."""
         self.prefixes.clear()
         self.features.clear()
+        self.files.clear()

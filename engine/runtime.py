@@ -29,17 +29,21 @@ _BLOCKS = frozenset({"attention:image_blocks", "attention:prefix"})
 
 @dataclass(frozen=True, slots=True)
 class SoftTokens:
-    """Soft tokens float32 [n, D] and the row of the prompt at which they begin."""
+    """Soft tokens float32 [n, D] and the row of the prompt at which they begin.
+
+    `seen` says that they are of a picture: where runs of those form blocks ("attention:image_blocks"), sounds do not.
+    """
 
     start: int
     values: np.ndarray
+    seen: bool = True
 
 
 class Runtime:
     """The loaded graphs of a bundle. Stateless between sequences; a `Session` is one sequence.
 
     `prepack=False` trades speed for memory: weights stay mapped from the file. `foreign` accepts a device that the
-    bundle is not made for, see `resolve_device`. `sees=False` leaves the vision graph out.
+    bundle is not made for, see `resolve_device`. `sees=False` leaves the graphs of pictures and sounds out.
     """
 
     def __init__(
@@ -57,10 +61,11 @@ class Runtime:
         graphs = {
             # Looking up rows is no work for several threads, and idle ones would spin beside the decoder's.
             name: Graph(bundle.path(name), self.device, threads=1 if name == "embed" else threads, prepack=prepack)
-            for name in ("embed", "decoder", *(("vision",) if sees else ()))
+            for name in ("embed", "decoder", *(("vision", "audio") if sees else ()))
             if name in bundle.manifest.files
         }
-        self.embed, self.decoder, self.vision = graphs["embed"], graphs["decoder"], graphs.get("vision")
+        self.embed, self.decoder = graphs["embed"], graphs["decoder"]
+        self.vision, self.audio = graphs.get("vision"), graphs.get("audio")
         self._check_wiring()
         self.hidden = int(self.embed.outputs["inputs_embeds"].shape[-1])
         self.vocabulary = int(self.decoder.outputs["logits"].shape[-1])
@@ -68,7 +73,7 @@ class Runtime:
     @property
     def providers(self) -> dict[str, list[str]]:
         """The execution providers each graph really runs on."""
-        graphs = {"vision": self.vision, "embed": self.embed, "decoder": self.decoder}
+        graphs = {"vision": self.vision, "audio": self.audio, "embed": self.embed, "decoder": self.decoder}
         return {name: graph.providers for name, graph in graphs.items() if graph is not None}
 
     def encode(self, patches: np.ndarray, positions: np.ndarray, soft_tokens: int) -> np.ndarray:
@@ -76,6 +81,12 @@ class Runtime:
         if self.vision is None:
             raise PromptError("this bundle has no vision input")
         return encode(self.vision, patches, positions, soft_tokens, self.hidden)
+
+    def hear(self, waveform: np.ndarray, soft_tokens: int) -> np.ndarray:
+        """waveform float32 [samples] in [-1, 1] at the rate of the manifest -> soft tokens float32 [soft_tokens, D]."""
+        if self.audio is None:
+            raise PromptError("this bundle has no audio input")
+        return hear(self.audio, waveform, soft_tokens, self.hidden)
 
     def session(self) -> Session:
         """A new, empty sequence."""
@@ -105,17 +116,28 @@ class Runtime:
             raise BundleError("the embed graph has no input 'input_ids'")
         if self.vision is not None and self.manifest.image is not None:
             _check_vision(self.vision, self.manifest.image, embed.outputs["inputs_embeds"])
+        if self.audio is not None:
+            _check_audio(self.audio, embed.outputs["inputs_embeds"])
 
 
 def encode(vision: Graph, patches: np.ndarray, positions: np.ndarray, soft_tokens: int, hidden: int) -> np.ndarray:
     """Run the vision graph; see `Runtime.encode`. Raises ModelOutputError for a wrong shape or non-finite values."""
     values = vision.run({"patches": patches, "positions": positions})["soft_tokens"]
-    if values.shape != (soft_tokens, hidden):
+    return _checked(values, "vision", (soft_tokens, hidden))
+
+
+def hear(audio: Graph, waveform: np.ndarray, soft_tokens: int, hidden: int) -> np.ndarray:
+    """Run the audio graph; see `Runtime.hear`. Raises ModelOutputError for a wrong shape or non-finite values."""
+    return _checked(audio.run({"waveform": waveform})["soft_tokens"], "audio", (soft_tokens, hidden))
+
+
+def _checked(values: np.ndarray, name: str, shape: tuple[int, int]) -> np.ndarray:
+    if values.shape != shape:
         raise ModelOutputError(
-            f"the vision graph returned soft tokens of shape {list(values.shape)}, expected {[soft_tokens, hidden]}"
+            f"the {name} graph returned soft tokens of shape {list(values.shape)}, expected {list(shape)}"
         )
     if not np.isfinite(values).all():
-        raise ModelOutputError("the vision graph returned soft tokens that are not finite")
+        raise ModelOutputError(f"the {name} graph returned soft tokens that are not finite")
     return values
 
 
@@ -153,6 +175,15 @@ def _check_vision(vision: Graph, image: ImageFacts, embeddings: TensorFacts) -> 
         raise BundleError("the vision graph has no output 'soft_tokens' as wide as the embeddings")
 
 
+def _check_audio(audio: Graph, embeddings: TensorFacts) -> None:
+    """Raise BundleError unless the graph takes samples and fits the embeddings."""
+    waveform, soft = audio.inputs.get("waveform"), audio.outputs.get("soft_tokens")
+    if waveform is None or waveform.dtype is not np.float32 or len(waveform.shape) != 1:
+        raise BundleError(f"the audio graph takes 'waveform' {waveform}, expected float32 [samples]")
+    if soft is None or soft.shape[-1:] != embeddings.shape[-1:]:
+        raise BundleError("the audio graph has no output 'soft_tokens' as wide as the embeddings")
+
+
 class Session:
     """One sequence: feed token ids, get logits."""
 
@@ -172,12 +203,12 @@ class Session:
     def state_bytes(self) -> int:
         return self._state.nbytes
 
-    def run_ends(self, stops: Sequence[int], soft: Sequence[tuple[int, int]], chunk: int) -> list[int]:
+    def run_ends(self, stops: Sequence[int], seen: Sequence[tuple[int, int]], chunk: int) -> list[int]:
         """The ends of all runs of a prompt of which every part up to one of `stops` is prefilled by itself.
 
-        `soft` are its runs of soft tokens, first row and end; the last stop is its length.
+        `seen` are its runs of soft tokens of pictures, first row and end; the last stop is its length.
         """
-        blocks = soft if "attention:image_blocks" in self._runtime.manifest.requires else []
+        blocks = seen if "attention:image_blocks" in self._runtime.manifest.requires else []
         starts = [0, *stops[:-1]]
         spans = (chunk_spans(stop, chunk, blocks, start) for start, stop in zip(starts, stops, strict=True))
         return [end for part in spans for _, end in part]
@@ -253,7 +284,7 @@ class Session:
         requires = self._runtime.manifest.requires
         if "attention:prefix" in requires:
             return [(0, length)]
-        return _soft_runs(soft) if "attention:image_blocks" in requires else []
+        return _seen_runs(soft) if "attention:image_blocks" in requires else []
 
     def _splice(self, ids: np.ndarray, start: int, soft: Sequence[SoftTokens]) -> dict[str, np.ndarray]:
         """The wires of a chunk that begins at prompt row `start`, soft tokens in place."""
@@ -300,10 +331,10 @@ class Session:
 _Block = tuple[int, int]  # first row and the row after the last, counted from the start of the prompt
 
 
-def _soft_runs(soft: Sequence[SoftTokens]) -> list[_Block]:
-    """The longest runs of consecutive soft tokens: pictures without a token between them are one run."""
+def _seen_runs(soft: Sequence[SoftTokens]) -> list[_Block]:
+    """The longest runs of consecutive soft tokens of pictures; two without a token between them are one run."""
     runs: list[_Block] = []
-    for first, end in sorted((block.start, block.start + len(block.values)) for block in soft):
+    for first, end in sorted((block.start, block.start + len(block.values)) for block in soft if block.seen):
         if runs and runs[-1][1] == first:
             runs[-1] = (runs[-1][0], end)
         else:

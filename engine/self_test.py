@@ -1,7 +1,7 @@
 """The self-test of a bundle: fixed inputs with the logits they must give, replayed on the device that will run it.
 
-`record` writes what a bundle gives where it was exported; `replay` compares. Inputs are token ids and pictures made
-by a formula, so that a self-test needs neither tokenizer nor image files.
+`record` writes what a bundle gives where it was exported; `replay` compares. Inputs are token ids, and pictures and
+sounds made by a formula, so that a self-test needs neither tokenizer nor files.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from .bundle import Bundle
 from .errors import BundleError, ModelOutputError
 from .graph import Device, Graph, available_devices, resolve_device
 from .image_policy import POLICIES
-from .manifest import ImageFacts
-from .runtime import Runtime, SoftTokens, encode
+from .manifest import AudioFacts, ImageFacts
+from .runtime import Runtime, SoftTokens, encode, hear
 
+from ..kernels.audio import FRAME_COUNTS, soft_token_count  # isort: skip
 from ..kernels.patches import Patches  # isort: skip
 
-__all__ = ["CaseResult", "VerifyReport", "formula_picture", "record", "replay"]
+__all__ = ["CaseResult", "VerifyReport", "formula_picture", "formula_sound", "record", "replay"]
 
 _STEPS = 8  # greedy steps after the prompt
 _TOP = 10  # logits stored per step
@@ -37,25 +38,38 @@ def formula_picture(height: int, width: int) -> np.ndarray:
     return np.stack(channels, axis=-1).astype(np.uint8)
 
 
+def formula_sound(samples: int) -> np.ndarray:
+    """A rising buzz, float32 [samples] in [-1/3, 1/3]: integer arithmetic, the same anywhere."""
+    index = np.arange(samples, dtype=np.int64)
+    return ((index * (index // 8 + 97) % 20_001 - 10_000) / 30_000).astype(np.float32)
+
+
 def record(bundle: Bundle, *, prepack: bool = False) -> dict[str, Any]:
     """Run `bundle` where it was exported and return the content of its self_test.json; for `prepack` see `Runtime`."""
     # A machine without a GPU records the self-test of a GPU bundle on its CPU: same graphs, same weights.
     here = bundle.manifest.target in available_devices()
     device = "auto" if here else "cpu"
-    soft = _record_soft_tokens(bundle, resolve_device(device, bundle.manifest.target, foreign=not here), prepack)
+    soft = _record_media(bundle, resolve_device(device, bundle.manifest.target, foreign=not here), prepack)
     runtime = Runtime(bundle, device=device, prepack=prepack, foreign=not here, sees=False)
     return {"format": 1, "cases": [_record_case(runtime, case, soft) for case in _cases(runtime)]}
 
 
-def _record_soft_tokens(bundle: Bundle, device: Device, prepack: bool) -> np.ndarray | None:
-    """Soft tokens of the self-test's picture. The vision graph is gone before the decoder is loaded: memory."""
-    facts = bundle.manifest.image
-    if facts is None:
-        return None
-    vision = Graph(bundle.path("vision"), device, prepack=prepack)
-    patches = _patches(_picture_case(facts), facts)
-    width = vision.outputs["soft_tokens"].shape[-1]
-    return encode(vision, patches.values, patches.positions, len(patches.values) // facts.pool_size**2, int(width))
+def _record_media(bundle: Bundle, device: Device, prepack: bool) -> dict[str, np.ndarray]:
+    """Soft tokens of the self-test's picture and sound. Each graph is gone before the next is loaded: memory."""
+    soft = {}
+    picture, sound = bundle.manifest.image, bundle.manifest.audio
+    if picture is not None:
+        vision = Graph(bundle.path("vision"), device, prepack=prepack)
+        patches = _patches(_picture_case(picture), picture)
+        count, width = len(patches.values) // picture.pool_size**2, vision.outputs["soft_tokens"].shape[-1]
+        soft["image"] = encode(vision, patches.values, patches.positions, count, int(width))
+        del vision
+    if sound is not None:
+        audio = Graph(bundle.path("audio"), device, prepack=prepack)
+        width = audio.outputs["soft_tokens"].shape[-1]
+        samples = _sound_case(sound)["samples"]
+        soft["audio"] = hear(audio, formula_sound(samples), _sound_tokens(samples, sound), int(width))
+    return soft
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,17 +109,31 @@ def replay(bundle: Bundle, runtime: Runtime) -> VerifyReport:
 
 
 def _cases(runtime: Runtime) -> list[dict[str, Any]]:
-    """Text alone, and for a bundle that sees, one picture at its smallest budget. Ids are spread over the table."""
-    facts = runtime.manifest.image
+    """Text alone; for a bundle that sees, one picture at its smallest budget; for one that hears, a short sound.
+
+    Ids are spread over the table.
+    """
+    facts, sound = runtime.manifest.image, runtime.manifest.audio
     text = (np.arange(1, _TEXT_TOKENS + 1) * 2_654_435_761 % runtime.vocabulary).tolist()
     cases: list[dict[str, Any]] = [{"name": "text", "ids": text, "picture": None}]
     if facts is not None:
         cases.append({"name": "image", "ids": text, "picture": _picture_case(facts)})
+    if sound is not None:
+        cases.append({"name": "audio", "ids": text, "picture": None, "sound": _sound_case(sound)})
     return cases
 
 
 def _picture_case(facts: ImageFacts) -> dict[str, int]:
     return {"height": 120, "width": 168, "budget": facts.budgets[0]}
+
+
+def _sound_case(facts: AudioFacts) -> dict[str, int]:
+    """Half a second, or as much as the model takes."""
+    return {"samples": min(facts.sample_rate // 2, facts.frame_step * facts.frames_per_token * facts.max_tokens)}
+
+
+def _sound_tokens(samples: int, facts: AudioFacts) -> int:
+    return soft_token_count(FRAME_COUNTS[facts.policy](samples, facts.frame_step), facts.frames_per_token)
 
 
 def _patches(picture: dict[str, int], facts: ImageFacts) -> Patches:
@@ -114,9 +142,9 @@ def _patches(picture: dict[str, int], facts: ImageFacts) -> Patches:
     )
 
 
-def _record_case(runtime: Runtime, case: dict[str, Any], soft: np.ndarray | None) -> dict[str, Any]:
+def _record_case(runtime: Runtime, case: dict[str, Any], soft: dict[str, np.ndarray]) -> dict[str, Any]:
     steps, token = [], None
-    for logits in _run(runtime, case, None if case["picture"] is None else soft, None):
+    for logits in _run(runtime, case, soft.get(case["name"]), None):
         best = np.argsort(-logits, kind="stable")[:_TOP]
         token = int(best[0])
         steps.append(
@@ -127,7 +155,7 @@ def _record_case(runtime: Runtime, case: dict[str, Any], soft: np.ndarray | None
 
 def _replay_case(runtime: Runtime, case: dict[str, Any]) -> CaseResult:
     difference, agreed, low, high = 0.0, 0, np.inf, -np.inf
-    soft = _replay_soft_tokens(runtime, case["picture"])
+    soft = _replay_soft_tokens(runtime, case["picture"], case.get("sound"))
     for logits, step in zip(_run(runtime, case, soft, case["steps"]), case["steps"], strict=True):
         expected = np.array(step["logits"], np.float64)
         if not np.isfinite(expected).all():  # a comparison with NaN would find no difference
@@ -138,8 +166,17 @@ def _replay_case(runtime: Runtime, case: dict[str, Any]) -> CaseResult:
     return CaseResult(case["name"], difference, agreed / len(case["steps"]), float(high - low))
 
 
-def _replay_soft_tokens(runtime: Runtime, picture: dict[str, int] | None) -> np.ndarray | None:
-    facts = runtime.manifest.image
+def _replay_soft_tokens(
+    runtime: Runtime, picture: dict[str, int] | None, sound: dict[str, int] | None
+) -> np.ndarray | None:
+    facts, heard = runtime.manifest.image, runtime.manifest.audio
+    if sound is not None:
+        if heard is None:
+            raise BundleError("self_test.json has a sound, the bundle has no audio input")
+        samples = sound["samples"]
+        if not 0 < samples <= heard.frame_step * heard.frames_per_token * heard.max_tokens:
+            raise BundleError(f"self_test.json has a sound of {samples} samples, which the model does not take")
+        return runtime.hear(formula_sound(samples), _sound_tokens(samples, heard))
     if picture is None:
         return None
     if facts is None:
@@ -151,12 +188,12 @@ def _replay_soft_tokens(runtime: Runtime, picture: dict[str, int] | None) -> np.
 def _run(runtime: Runtime, case: dict[str, Any], values: np.ndarray | None, stored: list[dict[str, Any]] | None) -> Any:
     """Logits after the prompt and after each following token: the stored ones when replaying, else the best ones.
 
-    `values` are the soft tokens of the picture, which stands behind the first token.
+    `values` are the soft tokens of the picture or sound, which stands behind the first token.
     """
     ids = np.array(case["ids"], np.int64)
     soft = []
     if values is not None:
-        soft = [SoftTokens(1, values)]
+        soft = [SoftTokens(1, values, seen=case["picture"] is not None)]
         ids = np.concatenate([ids[:1], np.zeros(len(values), np.int64), ids[1:]])
     session = runtime.session()
     logits = session.prefill(ids, soft)

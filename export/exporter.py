@@ -212,8 +212,15 @@ def _manifest(
     begin = begin.get("content") if isinstance(begin, dict) else begin
     if not isinstance(begin, str):
         raise ExportError(f"tokenizer_config.json: bos_token {begin!r} is not a token")
-    image = facts.image_prompt
-    spelled = image.item + image.before + image.soft + image.after if image else ""
+    prompt = PromptFacts(
+        begin=begin,
+        layout=facts.layout,
+        end=facts.prompt_end,
+        image=facts.image_prompt,
+        video=facts.video_prompt,
+        audio=facts.audio_prompt,
+    )
+    spelled = "".join(each.item + each.before + each.soft + each.after for each in prompt.placeholders.values())
     required = [begin, *_TOKEN.findall(spelled)]
     ids = in_child(tokenizer_ids, str(folder / "tokenizer.json"), (*required, *facts.turn_ends))
     missing = [token for token in required if token not in ids]
@@ -235,15 +242,14 @@ def _manifest(
         target=options.target,
         precision=plan.precision,
         requires=facts.requires,
-        modalities=("text", *(("image",) if facts.image else ()), *(("video",) if facts.video else ())),
+        modalities=("text", *(kind for kind in ("image", "video", "audio") if getattr(facts, kind) is not None)),
         context=min(facts.context or int(text.get("max_position_embeddings", options.context)), options.context),
         stop_ids=tuple(sorted(stop_ids)),
         files=files,
         image=facts.image,
         video=facts.video,
-        prompt=PromptFacts(
-            begin=begin, layout=facts.layout, end=facts.prompt_end, image=image, video=facts.video_prompt
-        ),
+        audio=facts.audio,
+        prompt=prompt,
         reply=facts.reply,
         state=facts.state,
         sampling=_sampling(generation),

@@ -102,14 +102,14 @@ def _gemma4_text(decoder: Config, period: int, **facts: Any) -> Config:
     }
 
 
-def _gemma4(text: Config, vision: Config, model_type: str = "gemma4") -> Config:
+def _gemma4(text: Config, vision: Config, model_type: str = "gemma4", *, audio: Config | None = None) -> Config:
     return {
         "model_type": model_type,
         "image_token_id": 258880,
         "video_token_id": 258884,
         "audio_token_id": 258881,
         "eos_token_id": [1, 106, 50],
-        "audio_config": None,
+        "audio_config": audio,
         "text_config": text | {"model_type": f"{model_type}_text"},
         "vision_config": vision,
     }
@@ -128,7 +128,7 @@ def _gemma4_small(decoder: Config, period: int, sharers: int, wide: bool) -> Con
     )
     tower = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 16, "num_attention_heads": 12}
     tower |= {"num_key_value_heads": 12, "head_dim": 64, "use_clipped_linears": True, "standardize": False}
-    return _gemma4(text, tower)
+    return _gemma4(text, tower, audio=_CONFORMER)
 
 
 def _gemma4_large_text(decoder: Config, global_heads: int, **facts: Any) -> Config:
@@ -146,6 +146,15 @@ def _gemma4_large_text(decoder: Config, global_heads: int, **facts: Any) -> Conf
     )
 
 
+_CONFORMER: Config = {
+    "model_type": "gemma4_audio",
+    "hidden_size": 1024,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 8,
+    "subsampling_conv_channels": [128, 32],
+    "output_proj_dims": 1536,
+    "use_clipped_linears": True,
+}
 _GEMMA4_LARGE_TOWER: Config = {
     "hidden_size": 1152,
     "intermediate_size": 4304,
@@ -189,7 +198,10 @@ OFFICIAL: dict[str, Config] = {
     "google/gemma-4-E2B-it": _gemma4_small(_decoder(1536, 35, 8, 1, 256, 6144), 5, 20, True),
     "google/gemma-4-E4B-it": _gemma4_small(_decoder(2560, 42, 8, 2, 256, 10240), 6, 18, False),
     "google/gemma-4-12B-it": _gemma4(
-        _gemma4_large_text(_decoder(3840, 48, 16, 8, 256, 15360), 1), {}, "gemma4_unified"
+        _gemma4_large_text(_decoder(3840, 48, 16, 8, 256, 15360), 1),
+        {},
+        "gemma4_unified",
+        audio={"audio_embed_dim": 640},
     ),
     "google/gemma-4-26B-A4B-it": _gemma4(
         _gemma4_large_text(_decoder(2816, 30, 16, 8, 256, 2112), 2, **_EXPERTS), _GEMMA4_LARGE_TOWER

@@ -26,14 +26,14 @@ _PALIGEMMA = {
     **{f"<seg{code:03d}>": 257024 + code for code in range(128)},
     "<image>": 257152,
 }
-# Template of a conversation without tools, by the pair of tokens around a turn; {0}, {1}: those tokens, {2}: a picture.
+# Template of a conversation without tools; {0}, {1}: the tokens around a turn, {2}: a picture, {3}: a sound.
 _TEMPLATE = (
     "{{{{ bos_token }}}}"
     "{{%- for message in messages -%}}"
     "{{{{ '{0}' + ('model' if message.role == 'assistant' else message.role) + '\\n' }}}}"
     "{{%- if message.content is string -%}}{{{{ message.content | trim }}}}"
     "{{%- else -%}}{{%- for item in message.content -%}}"
-    "{{{{ '{2}' if item.type == 'image' else item.text | trim }}}}"
+    "{{{{ '{2}' if item.type == 'image' else '{3}' if item.type == 'audio' else item.text | trim }}}}"
     "{{%- endfor -%}}{{%- endif -%}}"
     "{{{{ '{1}\\n' }}}}"
     "{{%- endfor -%}}"
@@ -46,8 +46,9 @@ def chat_template(config: dict[str, Any]) -> str | None:
     kind = config["model_type"]
     if kind == "paligemma":
         return None
-    tokens = ("<start_of_turn>", "<end_of_turn>", "<start_of_image>")
-    return _TEMPLATE.format(*(("<|turn>", "<turn|>", "<|image|>") if kind.startswith("gemma4") else tokens))
+    if kind.startswith("gemma4"):
+        return _TEMPLATE.format("<|turn>", "<turn|>", "<|image|>", "<|audio|>")
+    return _TEMPLATE.format("<start_of_turn>", "<end_of_turn>", "<start_of_image>", "")
 
 
 def tokenizer(config: dict[str, Any]) -> dict[str, Any]:

@@ -7,15 +7,26 @@ i - 1 and i of the clip, and only frames are kept that end before the clip's las
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["hann_window", "log_mel_frames", "mel_filters", "soft_token_count", "windowed_fourier"]
+__all__ = ["FRAME_COUNTS", "hann_window", "log_mel_frames", "mel_filters", "soft_token_count", "windowed_fourier"]
 
 
 def log_mel_frames(samples: int, hop: int) -> int:
     """Number of frames of a clip: those behind which there is at least one more sample."""
     return max(samples - 1, 0) // hop
+
+
+def raw_frames(samples: int, step: int) -> int:
+    """Number of frames of `step` samples each that hold all samples of a clip."""
+    return -(-samples // step)
+
+
+# By policy: (samples, samples from frame to frame) -> frames.
+FRAME_COUNTS: dict[str, Callable[[int, int], int]] = {"log_mel": log_mel_frames, "frames": raw_frames}
 
 
 def soft_token_count(frames: int, frames_per_token: int) -> int:

@@ -19,8 +19,8 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from siglance.engine import Engine, Image, Pdf, Sampling, Text, Turn
-from siglance.engine.errors import ContextFull, InputError
+from siglance.engine import Engine, Image, Pdf, Sampling, Text, Turn, media, pdf
+from siglance.engine.errors import ContextFull, ImageError, InputError
 from siglance.engine.sampling import Sampler
 from siglance.engine.self_test import formula_picture
 from siglance.export.exporter import export
@@ -473,6 +473,85 @@ def test_candidates_go_on_from_the_cache(fresh):
     assert warm.usage.cached_tokens > 0
     assert [one.token_ids for one in warm.candidates] == [one.token_ids for one in cold.candidates]
     assert len({one.token_ids for one in cold.candidates}) == 3
+
+
+# --- files that come again
+
+
+@contextlib.contextmanager
+def decoded() -> Iterator[list[str]]:
+    """The names of all pictures that are decoded, and of all pages that are drawn."""
+    names = []
+    load, draw = media.load_image, pdf.Page.draw
+
+    def record_load(source, *, limits, name):
+        names.append(name)
+        return load(source, limits=limits, name=name)
+
+    def record_draw(page, height, width):
+        names.append(page.name)
+        return draw(page, height, width)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(media, "load_image", record_load)
+        patch.setattr(pdf.Page, "draw", record_draw)
+        yield names
+
+
+def test_a_file_that_comes_again_is_not_decoded_again(fresh, tmp_path):
+    """A server is sent all pictures of a conversation with every question."""
+    file = lossless(RED, "PNG")
+    path = tmp_path / "photo.png"
+    path.write_bytes(file)
+    with decoded() as names:
+        cold = small(fresh, [file, "what?"], cache=False)
+        first = small(fresh, [file, "what?"])
+        assert names == ["image 1", "image 1"]
+        for source in (path, io.BytesIO(file), file):
+            again = small(fresh, [source, "what?"])
+            assert again.token_ids == first.token_ids == cold.token_ids
+            assert again.usage == dataclasses.replace(first.usage, cached_tokens=again.usage.cached_tokens)
+        assert fresh.count_tokens([path, "what?"], image_tokens=70)["total"] == first.usage.prompt_tokens
+        assert len(names) == 2
+        small(fresh, [file, "what?"], cache=False)
+        assert len(names) == 3
+
+
+def test_another_budget_looks_again(demo):
+    demo._reuse.clear()
+    file = lossless(pixels(1, 300, 300), "PNG")
+    with decoded() as names:
+        for budget in (9, 16, 9, 16):
+            warm = small(demo, [Image(file, budget), "describe"])
+            assert warm.token_ids == small(demo, [Image(file, budget), "describe"], cache=False).token_ids
+        assert len(names) == 2 + 4
+
+
+def test_known_files_whose_features_are_gone_are_decoded(fresh):
+    file = lossless(RED, "PNG")
+    cold = small(fresh, [file, "what?"])
+    fresh._reuse.features.clear()
+    fresh._reuse.prefixes.clear()
+    with decoded() as names:
+        assert small(fresh, [file, "what?"]).token_ids == cold.token_ids
+        assert names == ["image 1"]
+
+
+def test_pages_that_come_again_are_not_drawn_again(fresh):
+    document = numbered_pages(2)
+    with decoded() as names:
+        first = small(fresh, [Pdf(document), "what?"])
+        assert names == ["document 1, page 1", "document 1, page 2"]
+        assert small(fresh, [Pdf(document), "what?"]).token_ids == first.token_ids
+        small(fresh, [Pdf(document, pages=2), "what?"])
+        assert len(names) == 2
+
+
+def test_a_broken_file_is_broken_every_time(fresh):
+    for _ in range(2):
+        with pytest.raises(ImageError, match="image 1"):
+            small(fresh, [lossless(RED, "PNG")[:60], "what?"])
+    assert len(fresh._reuse.files) == 0
 
 
 # --- what is kept

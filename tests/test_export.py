@@ -395,16 +395,6 @@ def test_the_template_may_stand_in_the_tokenizer_configuration(checkpoints, tmp_
     assert Bundle.open(tmp_path / "bundle").path("chat_template").read_text() == template
 
 
-def test_an_audio_tower_is_left_out_and_said_so(checkpoints, tmp_path):
-    source = tmp_path / "source"
-    shutil.copytree(checkpoints / "gemma4", source)
-    change_json(source / "config.json", audio_config={"model_type": "gemma4_audio"})
-    names = ("model.audio_tower.layers.0.norm_out.weight", "model.embed_audio.embedding_projection.weight")
-    change_tensors(source, lambda tensors: tensors.update({name: np.ones(4, np.float32) for name in names}))
-    report = export(source, tmp_path / "bundle")
-    assert re.search(r"audio: 2 tensors", report.left_out[0])
-
-
 def test_context_is_the_smaller_of_what_is_asked_and_what_the_model_has(checkpoints, tmp_path):
     for asked, expected in ((32, 32), (10**6, None)):
         export(checkpoints / "gemma3", tmp_path / str(asked), ExportOptions(context=asked))

@@ -19,7 +19,7 @@ from siglance.export.families import ExportOptions, find_family
 from siglance.export.random_checkpoint import RandomCheckpoint, RandomWeights
 
 # Millions of parameters: decoder (with the final norm and what makes per-layer inputs), embedding table (also the
-# head), per-layer table, vision tower with its projection.
+# head), per-layer table, vision tower with its projection; then, if it has ears, those with their projection.
 SIZES = {
     "google/paligemma-3b-pt-224": (1981.9, 526.8, 0, 412.4 + 2.36),
     "google/paligemma-3b-pt-448": (1981.9, 526.8, 0, 413.3 + 2.36),
@@ -32,9 +32,9 @@ SIZES = {
     "google/gemma-3-4b-it": (3209.0, 671.3, 0, 416.9 + 2.95),
     "google/gemma-3-12b-it": (10759.2, 1006.9, 0, 416.9 + 4.42),
     "google/gemma-3-27b-it": (25599.7, 1409.6, 0, 416.9 + 6.19),
-    "google/gemma-4-E2B-it": (1877.1, 402.7, 2348.8, 167.4 + 1.18),
-    "google/gemma-4-E4B-it": (3973.4, 671.1, 2818.6, 167.4 + 1.97),
-    "google/gemma-4-12B-it": (10900.7, 1006.6, 0, 49.9),
+    "google/gemma-4-E2B-it": (1877.1, 402.7, 2348.8, 167.4 + 1.18, 304.8 + 2.36),
+    "google/gemma-4-E4B-it": (3973.4, 671.1, 2818.6, 167.4 + 1.97, 304.8 + 3.93),
+    "google/gemma-4-12B-it": (10900.7, 1006.6, 0, 49.9, 2.46),
     "google/gemma-4-26B-A4B-it": (1657.0 + 22838.0, 738.2, 0, 569.6 + 3.24),
     "google/gemma-4-31B-it": (29288.1, 1409.3, 0, 569.6 + 6.19),
 }
@@ -73,11 +73,16 @@ def millions(elements: dict[str, int], pattern: str) -> float:
 @pytest.mark.parametrize("name", SIZES)
 def test_sizes_are_the_published_ones(name):
     elements = {key: size for key, size in count(name).items() if not re.match(r"rope\.|ones\.|empty\.", key)}
-    decoder, embedding, per_layer, vision = SIZES[name]
+    decoder, embedding, per_layer, vision, *audio = SIZES[name]
     assert millions(elements, r"embed_tokens\.") == pytest.approx(embedding, abs=0.06)
     assert millions(elements, r"embed_tokens_per_layer\.") == pytest.approx(per_layer, abs=0.06)
     assert millions(elements, r"vision|embed_vision|projector|embedder|projection") == pytest.approx(vision, abs=0.11)
     assert millions(elements, r"text\.") == pytest.approx(decoder, abs=0.11)
+    # Of the keys of relative positions, the twelve that attention reads are stored instead of a matrix in each layer.
+    folded = 12 * (1024 * 1024 - 12 * 1024) / 1e6 if sum(audio) > 300 else 0
+    constants = millions(elements, r"audio\.(fourier|mel)$")
+    heard = millions(elements, r"audio\.|embed_audio\.") - constants
+    assert heard == pytest.approx(sum(audio) - folded, abs=0.11)
 
 
 def test_every_official_model_is_counted_or_a_variant_of_one():

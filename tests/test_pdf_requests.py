@@ -207,7 +207,7 @@ def test_a_page_that_cannot_be_drawn_fails_the_request_and_nothing_else(engine, 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pdf_module, "_ask", failing)
         with pytest.raises(DocumentError, match=r"^document 1, page 2: broken$"):
-            engine.generate([document, QUESTION], image_tokens=70)
+            engine.generate([document, QUESTION], image_tokens=70, cache=False)
     after = engine.generate([document, QUESTION], image_tokens=70, max_tokens=4, sampling=GREEDY)
     assert after.token_ids == before.token_ids
 

@@ -15,7 +15,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...engine.errors import ExportError
-from ...engine.manifest import FramesFacts, ImageFacts, PlaceholderFacts, ReplyFacts, StatePair, VideoFacts
+from ...engine.manifest import (
+    AudioFacts,
+    FramesFacts,
+    ImageFacts,
+    PlaceholderFacts,
+    ReplyFacts,
+    StatePair,
+    VideoFacts,
+)
 from ..builder import GraphBuilder
 from ..checkpoint import Checkpoint, Weights
 
@@ -46,6 +54,8 @@ class Facts:
     turn_ends: tuple[str, ...]  # tokens that end a model turn, beside the checkpoint's own end-of-sequence ids
     video: VideoFacts | None = None
     video_prompt: FramesFacts | None = None
+    audio: AudioFacts | None = None
+    audio_prompt: PlaceholderFacts | None = None
     context: int | None = None  # tokens the model was made for, if config.json leaves that to the class's default
     layout: str = "inline"  # see PromptFacts; "media_first" bundles have no chat template
     prompt_end: str = ""

@@ -5,17 +5,27 @@ The decoder, the vision graph and the configuration are in the files beside it.
 
 from __future__ import annotations
 
-import re
+from collections.abc import Mapping
+from typing import Any
 
 from ...engine.errors import ExportError
-from ...engine.manifest import FramesFacts, ImageFacts, PlaceholderFacts, ReplyFacts, StatePair, VideoFacts
+from ...engine.manifest import (
+    AudioFacts,
+    FramesFacts,
+    ImageFacts,
+    PlaceholderFacts,
+    ReplyFacts,
+    StatePair,
+    VideoFacts,
+)
 from ..checkpoint import Checkpoint, Weights
 from . import ConfigReader, ExportOptions, Facts, Family, full_state_note
+from ._gemma4_audio import HOP, RATE, build_audio
 from ._gemma4_config import Config, TextConfig, read
 from ._gemma4_decoder import build_decoder, build_embed, layer_name
 from ._gemma4_vision import build_vision
 
-__all__ = ["FAMILY", "TEXT_PREFIXES", "decoder_facts", "image_facts", "video_facts"]
+__all__ = ["FAMILY", "TEXT_PREFIXES", "audio_facts", "decoder_facts", "image_facts", "video_facts"]
 
 OFFICIAL_BUDGETS = (70, 140, 280, 560, 1120)  # soft tokens per image that Gemma 4 was trained for
 # "model." alone: the decoder without anything else.
@@ -24,21 +34,19 @@ TEXT_PREFIXES = ("model.language_model.", "language_model.model.", "model.")
 
 def _graphs(config: Config) -> dict[str, object]:
     vision = {"vision": build_vision} if config.vision is not None else {}
-    return {**vision, "embed": build_embed, "decoder": build_decoder}
+    audio = {"audio": build_audio} if config.audio is not None else {}
+    return {**vision, **audio, "embed": build_embed, "decoder": build_decoder}
 
 
 def finish(checkpoint: Checkpoint, weights: Weights, config: Config, options: ExportOptions) -> Facts:
-    left_out = []
-    if config.has_audio:
-        count = weights.drop_matching(re.compile(r"(model\.)?(audio_tower|embed_audio)\."))
-        left_out.append(f"audio: {count} tensors of the audio tower and its projector")
     vision = config.vision
     image = None if vision is None else image_facts(checkpoint, vision.patch, vision.pool)
-    return decoder_facts(weights, config.text, image, video_facts(checkpoint, image), left_out)
+    audio = None if config.audio is None else _log_mel_facts(checkpoint)
+    return decoder_facts(weights, config.text, image, video_facts(checkpoint, image), audio)
 
 
 def decoder_facts(
-    weights: Weights, text: TextConfig, image: ImageFacts | None, video: VideoFacts | None, left_out: list[str]
+    weights: Weights, text: TextConfig, image: ImageFacts | None, video: VideoFacts | None, audio: AudioFacts | None
 ) -> Facts:
     """What all of Gemma 4 has in common; marks what published files carry and no graph reads."""
     if text.tied:
@@ -64,6 +72,7 @@ def decoder_facts(
             *(("attention:image_blocks",) if text.image_blocks else ()),
             *((f"image:{image.policy}",) if image is not None else ()),
             *(("video:clock_frames",) if video is not None else ()),
+            *((f"audio:{audio.policy}",) if audio is not None else ()),
         ),
         state=state,
         image=image,
@@ -74,6 +83,10 @@ def decoder_facts(
         video_prompt=None
         if video is None
         else FramesFacts(item="<|video|>", before=" <|image>", soft="<|video|>", after="<image|>", between=" "),
+        audio=audio,
+        audio_prompt=None
+        if audio is None
+        else PlaceholderFacts(item="<|audio|>", before="<|audio>", soft="<|audio|>", after="<audio|>"),
         reply=ReplyFacts(
             boxes="box_2d",
             thought=("<|channel>", "<channel|>"),
@@ -81,7 +94,6 @@ def decoder_facts(
         ),
         turn_ends=("<turn|>", "<|tool_response>"),
         context=text.context,
-        left_out=tuple(left_out),
         notes=_notes(text),
     )
 
@@ -134,6 +146,29 @@ def video_facts(checkpoint: Checkpoint, image: ImageFacts | None) -> VideoFacts 
     return VideoFacts(budgets=image.budgets, default_budget=default, fps=1.0)
 
 
+def audio_facts(checkpoint: Checkpoint, expected: Mapping[str, object], **facts: Any) -> AudioFacts:
+    """Audio policy: processor_config.json or preprocessor_config.json must say what the graph has, or nothing."""
+    processor = checkpoint.json("processor_config.json")
+    values = {**checkpoint.json("preprocessor_config.json"), **processor.get("feature_extractor", {})}
+    reader = ConfigReader(values, "processor_config.json: feature_extractor")
+    for key, value in expected.items():
+        reader.expect(key, (None, value))
+    tokens = ConfigReader(processor, "processor_config.json").integer("audio_seq_length", 750)
+    return AudioFacts(sample_rate=RATE, max_tokens=tokens, **facts)
+
+
+def _log_mel_facts(checkpoint: Checkpoint) -> AudioFacts:
+    return audio_facts(checkpoint, _LOG_MEL, policy="log_mel", frame_step=HOP, frames_per_token=4)
+
+
+# Gemma4AudioFeatureExtractor, as the graph has it.
+_LOG_MEL: dict[str, object] = {
+    **{"feature_size": 128, "sampling_rate": RATE, "frame_length": 2 * HOP, "hop_length": HOP, "fft_length": 512},
+    **{"min_frequency": 0.0, "max_frequency": 8000.0, "mel_floor": 1e-3, "preemphasis": 0.0, "dither": 0.0},
+    **{"input_scale_factor": 1.0, "per_bin_mean": None, "per_bin_stddev": None, "fft_overdrive": False},
+}
+
+
 FAMILY = Family(
     name="gemma4",
     model_types=("gemma4", "gemma4_text"),
@@ -141,6 +176,8 @@ FAMILY = Family(
         "text.": TEXT_PREFIXES,
         "vision.": ("model.vision_tower.", "vision_tower."),
         "embed_vision.": ("model.embed_vision.", "embed_vision."),
+        "audio.": ("model.audio_tower.", "audio_tower."),
+        "embed_audio.": ("model.embed_audio.", "embed_audio."),
     },
     read=read,
     graphs=_graphs,  # pyright: ignore[reportArgumentType]

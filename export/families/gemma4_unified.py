@@ -1,12 +1,12 @@
-"""Gemma 4 12B: the decoder of Gemma 4 behind an embedder of raw patches instead of a vision tower.
+"""Gemma 4 12B: the decoder of Gemma 4 behind embedders of raw patches and raw samples instead of towers.
 
-Formulas: transformers `modeling_gemma4_unified.py` (Gemma4UnifiedVisionEmbedder, Gemma4UnifiedMultimodalEmbedder).
+Formulas: transformers `modeling_gemma4_unified.py` (Gemma4UnifiedVisionEmbedder, Gemma4UnifiedMultimodalEmbedder) and
+`feature_extraction_gemma4_unified.py` (Gemma4UnifiedAudioFeatureExtractor).
 """
 
 from __future__ import annotations
 
 import dataclasses
-import re
 
 import numpy as np
 import onnx_ir as ir
@@ -15,9 +15,9 @@ from .. import blocks
 from ..builder import FLOAT, INT64, UINT8, GraphBuilder
 from ..checkpoint import Checkpoint, Weights
 from . import ExportOptions, Facts, Family
-from ._gemma4_config import Config, PatchConfig, read_unified
+from ._gemma4_config import Config, FrameConfig, PatchConfig, read_unified
 from ._gemma4_decoder import build_decoder, build_embed
-from .gemma4 import TEXT_PREFIXES, decoder_facts, image_facts, video_facts
+from .gemma4 import TEXT_PREFIXES, audio_facts, decoder_facts, image_facts, video_facts
 
 LAYER_NORM_EPSILON = 1e-5  # torch's default, unlike the 1e-6 of all other norms
 
@@ -54,6 +54,28 @@ def build_vision(graph: GraphBuilder, weights: Weights, config: Config, options:
     graph.output(soft_tokens, "soft_tokens", FLOAT, ["soft_tokens", config.text.hidden])
 
 
+def build_audio(graph: GraphBuilder, weights: Weights, config: Config, options: ExportOptions) -> None:
+    """waveform float32 [L] in [-1, 1] at 16 kHz -> soft_tokens [L / samples of a frame rounded up, D].
+
+    A norm without a weight over the samples of each frame, and the projection; the last frame is filled up with zeros.
+    """
+    audio = config.audio
+    assert isinstance(audio, FrameConfig)
+    waveform = graph.input("waveform", FLOAT, ["samples"])
+    zero, size, last, shape = (
+        graph.constant(np.array(values, np.int64), "sizes")
+        for values in ([0], [audio.samples], [audio.samples - 1], [-1, audio.samples])
+    )
+    length = graph.op("Shape", waveform)
+    whole = graph.op("Mul", graph.op("Div", graph.op("Add", length, last), size), size)
+    fill = graph.op("Concat", zero, graph.op("Sub", whole, length), axis=0)
+    frames = graph.op("Reshape", graph.op("Pad", waveform, fill, mode="constant"), shape, name="frames")
+    x = blocks.rms_norm(graph, frames, blocks.ones(graph, audio.samples), "embed_audio_norm")
+    width = config.text.hidden
+    soft_tokens = blocks.linear(graph, x, weights, "embed_audio.weight", (width, audio.samples))
+    graph.output(soft_tokens, "soft_tokens", FLOAT, ["soft_tokens", width])
+
+
 def _layer_norm(
     graph: GraphBuilder, weights: Weights, x: ir.Value, name: str, size: int, epsilon: float = LAYER_NORM_EPSILON
 ) -> ir.Value:
@@ -70,21 +92,23 @@ def _layer_norm(
 
 def _graphs(config: Config) -> dict[str, object]:
     vision = {"vision": build_vision} if config.vision is not None else {}
-    return {**vision, "embed": build_embed, "decoder": build_decoder}
+    audio = {"audio": build_audio} if config.audio is not None else {}
+    return {**vision, **audio, "embed": build_embed, "decoder": build_decoder}
 
 
 def finish(checkpoint: Checkpoint, weights: Weights, config: Config, options: ExportOptions) -> Facts:
-    left_out = []
-    count = weights.drop_matching(re.compile(r"(model\.)?embed_audio\."))
-    if config.has_audio or count:
-        left_out.append("audio: the embedder of waveforms")
     vision = config.vision
     image = None
     if vision is not None:
         # Checked in 16-pixel patches and groups of them; used as whole patches that are not pooled.
         image = image_facts(checkpoint, vision.patch, vision.pool)
         image = dataclasses.replace(image, patch_size=vision.patch * vision.pool, pool_size=1)
-    return decoder_facts(weights, config.text, image, video_facts(checkpoint, image), left_out)
+    audio = None
+    if isinstance(config.audio, FrameConfig):
+        samples = config.audio.samples
+        expected = {"feature_size": samples, "audio_samples_per_token": samples, "sampling_rate": 16_000}
+        audio = audio_facts(checkpoint, expected, policy="frames", frame_step=samples, frames_per_token=1)
+    return decoder_facts(weights, config.text, image, video_facts(checkpoint, image), audio)
 
 
 FAMILY = Family(
@@ -99,6 +123,7 @@ FAMILY = Family(
             "model.embed_vision.embedding_projection.",
             "embed_vision.embedding_projection.",
         ),
+        "embed_audio.": ("model.embed_audio.embedding_projection.", "embed_audio.embedding_projection."),
     },
     read=read_unified,
     graphs=_graphs,  # pyright: ignore[reportArgumentType]
