@@ -10,9 +10,10 @@ from .grammar import Grammar
 from .limits import Limits
 from .logprobs import Logprob
 from .parts import Image, Pdf, Turn
-from .prompt import Text
+from .prompt import Text, Thought
 from .reply import Candidate, Chunk, EncodedImage, Reply, Timings, Usage
 from .sampling import Sampling
+from .tools import MalformedCall, Tool, ToolCall, ToolResult
 
 __all__ = [
     "Box",
@@ -26,12 +27,17 @@ __all__ = [
     "Image",
     "Limits",
     "Logprob",
+    "MalformedCall",
     "Pdf",
     "Reply",
     "Sampling",
     "SiglanceError",
     "Text",
+    "Thought",
     "Timings",
+    "Tool",
+    "ToolCall",
+    "ToolResult",
     "Turn",
     "Usage",
     "errors",
