@@ -4,8 +4,7 @@
 
 Every round has pictures of its own, so that a first question meets nothing that is known. Then the second question is
 asked with the caches and without, in turns: as a request of its own, which reads the file again, and as the next turn
-of a chat. Replies with and without must be equal on fp32 bundles; quantised activations are not smooth, and the replies
-of such a bundle may differ.
+of a chat. Replies with and without must be equal.
 """
 
 from __future__ import annotations

@@ -10,9 +10,10 @@ from .grammar import Grammar
 from .limits import Limits
 from .logprobs import Logprob
 from .parts import Image, Pdf, Turn, Video
-from .prompt import Text
+from .prompt import Text, Thought
 from .reply import Candidate, Chunk, EncodedImage, EncodedVideo, Reply, Timings, Usage
 from .sampling import Sampling
+from .tools import MalformedCall, Tool, ToolCall, ToolResult
 
 __all__ = [
     "Box",
@@ -27,12 +28,17 @@ __all__ = [
     "Image",
     "Limits",
     "Logprob",
+    "MalformedCall",
     "Pdf",
     "Reply",
     "Sampling",
     "SiglanceError",
     "Text",
+    "Thought",
     "Timings",
+    "Tool",
+    "ToolCall",
+    "ToolResult",
     "Turn",
     "Usage",
     "Video",

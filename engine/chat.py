@@ -11,19 +11,21 @@ from typing import TYPE_CHECKING
 from .decoding import Rules, make_rules
 from .errors import InputError, PromptError
 from .grammar import Grammar
-from .parts import PartLike, Turn
+from .parts import PartLike, Turn, Words
 from .prefix_cache import Pin
-from .prompt import Text
-from .reading import ReadTurn
+from .reading import Layout, ReadTurn
 from .reply import Chunk, EncodedImage, EncodedVideo, StageClock, whole_reply
 from .reuse import Reuse
 from .sampling import Sampling
 from .seeing import SeenPrompt, SeenView
+from .tools import ToolLike, ToolResult
 
 if TYPE_CHECKING:
     from .engine import Engine
 
 __all__ = ["Chat"]
+
+Said = PartLike | ToolResult | Sequence[PartLike] | Sequence[ToolResult]
 
 
 class Chat:
@@ -32,6 +34,8 @@ class Chat:
     A turn is added to the history when its reply is complete. One that fails, or whose stream is closed before its end,
     leaves the conversation as it was. Pictures are read once and stay in the history encoded, so files may change or
     go; the prompt of a turn goes on from the decoder state of the turn before. One turn runs at a time.
+
+    A reply that calls tools is answered with their results: `chat.send([ToolResult(call.name, ...), ...])`.
     """
 
     def __init__(
@@ -42,6 +46,8 @@ class Chat:
         sampling: Sampling | None = None,
         max_tokens: int,
         image_tokens: int | None = None,
+        tools: Sequence[ToolLike] = (),
+        thinking: bool = False,
         cache: bool = True,
     ):
         """See `Engine.chat`."""
@@ -52,6 +58,7 @@ class Chat:
         self._engine = engine
         self._sampling = sampling
         self._max_tokens = max_tokens
+        self._layout = Layout(tools=tuple(tools), thinking=thinking)
         self._cache = cache
         self._turns: tuple[Turn, ...] = ()
         self._pin: Pin | None = None  # holds the states of the latest turn in the engine's cache
@@ -61,7 +68,8 @@ class Chat:
     def history(self) -> tuple[Turn, ...]:
         """The user's and the assistant's turns, in the form that `Engine.generate` takes, without the system text.
 
-        Texts are `Text`, pictures and pages of documents are `EncodedImage`, videos are `EncodedVideo`.
+        Texts are `Text`, pictures and pages `EncodedImage`, videos `EncodedVideo`. Results of tools are turns of their
+        own. Thoughts are in it only beside the calls that they led to.
         """
         return self._turns
 
@@ -72,7 +80,7 @@ class Chat:
 
     def stream(
         self,
-        parts: PartLike | Sequence[PartLike],
+        parts: Said,
         *,
         sampling: Sampling | None = None,
         max_tokens: int | None = None,
@@ -87,13 +95,13 @@ class Chat:
         Nothing runs before the first `next()`. Closing the generator earlier cancels the turn.
 
         Args:
-            parts: a part or a list of parts: the user's turn.
+            parts: a part or a list of parts: the user's turn, or the results of what the latest reply called.
             sampling: None is the chat's; so it is for `max_tokens` and `image_tokens`.
             max_tokens: most tokens of the reply.
             image_tokens: token budget of new pictures that have none of their own.
-            stop: strings that end the reply just before them.
-            stop_ids: tokens that end the reply, besides the bundle's own.
-            format: the form of the reply.
+            stop: strings that end the answer just before them.
+            stop_ids: tokens that end the answer, besides the bundle's own.
+            format: the form of the answer.
             logprobs: see `Engine.stream`.
 
         Raises InputError and ModelOutputError like `Engine.stream`, and InputError while another reply is streaming.
@@ -111,23 +119,23 @@ class Chat:
                 format=format,
                 candidates=1,
                 logprobs=logprobs,
+                tools=bool(self._layout.tools),
+                thinking=self._layout.thinking,
             )
             yield from self._turn(parts, self.image_tokens if image_tokens is None else image_tokens, rules, clock)
 
     send = whole_reply(stream, "send")
 
-    def _turn(
-        self, parts: PartLike | Sequence[PartLike], image_tokens: int | None, rules: Rules, clock: StageClock
-    ) -> Iterator[Chunk]:
+    def _turn(self, parts: Said, image_tokens: int | None, rules: Rules, clock: StageClock) -> Iterator[Chunk]:
         engine, pin = self._engine, Pin()
         reuse = dataclasses.replace(engine._reuse, pin=pin) if self._cache else engine._reuse.off()
-        conversation = [*self._turns, Turn("user", parts)]
+        conversation = [*self._turns, _turn_of(parts)]
         turns = engine._reader.read(conversation, clock, self.system, image_tokens, known=reuse.files)
-        asked = engine._see(turns, clock, reuse)
+        asked = engine._see(turns, clock, reuse, self._layout)
         for chunk in engine._answer(asked, rules, clock, reuse):
             if chunk.reply is not None:
                 said = self._settled(turns[-1], asked, clock, reuse)
-                self._turns += (said, Turn("assistant", [Text(chunk.reply.text)]))
+                self._turns += (said, Turn.of(chunk.reply))
                 self._pin = pin
             yield chunk
 
@@ -138,9 +146,9 @@ class Chat:
             views[span.media_index].append(view)
         pictures = {id(picture): seen for picture, seen in zip(asked.pictures, views, strict=True)}
         role, parts = turn
-        settled: list[Text | EncodedImage | EncodedVideo] = []
+        settled: list[Words | EncodedImage | EncodedVideo] = []
         for part in parts:
-            if isinstance(part, Text):
+            if isinstance(part, Words):
                 settled.append(part)
             else:
                 seen = pictures[id(part)]
@@ -155,3 +163,9 @@ class Chat:
             yield
         finally:
             self._running.release()
+
+
+def _turn_of(parts: Said) -> Turn:
+    """Results are a tool's turn, everything else is the user's."""
+    listed = parts if isinstance(parts, (list, tuple)) else [parts]
+    return Turn("tool" if any(isinstance(part, ToolResult) for part in listed) else "user", parts)

@@ -1,4 +1,8 @@
-"""From the logits behind a prompt to a finished reply: sampling, grammar, text and stops, token by token."""
+"""From the logits behind a prompt to a finished reply: sampling, grammar, text and stops, token by token.
+
+Stops and the grammar are for the answer. What the model thinks before it, and the calls of tools that it writes, end
+with their own markers or with the bundle's own stop ids.
+"""
 
 from __future__ import annotations
 
@@ -13,26 +17,35 @@ from .errors import InputError, SamplingError
 from .grammar import Constraint, Grammar
 from .logprobs import MAX_LOGPROBS, Logprob, logprob
 from .manifest import Manifest
-from .reply import Candidate, Chunk, StageClock
+from .reading import count_by_modality
+from .reply import Candidate, Chunk, Reply, StageClock, Usage
+from .runtime import Runtime
 from .sampling import Effective, Sampler, Sampling, check_token_ids, resolve
-from .text import TextStream, check_stop
+from .seeing import SeenPrompt
+from .text import check_stop
+from .thinking import Markers, Piece, ReplyParts
 
-__all__ = ["MAX_CANDIDATES", "Decoding", "Rules", "check_positive", "make_rules"]
+__all__ = ["MAX_CANDIDATES", "Decoding", "Rules", "check_positive", "make_reply", "make_rules"]
 
 MAX_CANDIDATES = 128
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rules:
-    """What a request says about its reply, checked and complete. `stop_ids` are the bundle's and the request's."""
+    """What a request says about its reply, checked and complete.
+
+    `stop_ids` are the bundle's, which end a reply anywhere, and the request's, which are for the answer.
+    """
 
     effective: Effective
     max_tokens: int
     stop: tuple[str, ...]
     stop_ids: frozenset[int]
+    bundle_stop_ids: frozenset[int]
     candidates: int
     logprobs: int | None
     constraint: Constraint | None
+    thinking: bool
 
 
 def make_rules(
@@ -47,8 +60,12 @@ def make_rules(
     format: Grammar | None,
     candidates: int,
     logprobs: int | None,
+    tools: bool,
+    thinking: bool,
 ) -> Rules:
     """The rules of a request to a bundle whose rows of logits are `vocabulary` wide.
+
+    `tools` says that the request declares some, `thinking` that the model is asked to think before it answers.
 
     Raises InputError (SamplingError, PromptError, GrammarError) for whatever cannot be used; nothing has run then.
     """
@@ -58,14 +75,18 @@ def make_rules(
     _check_range("candidates", candidates, 1, MAX_CANDIDATES)
     if logprobs is not None:
         _check_range("logprobs", logprobs, 0, MAX_LOGPROBS)
+    if tools and format is not None:
+        raise InputError("format and tools exclude each other: a reply that has a form cannot call a tool instead")
     return Rules(
         effective=effective,
         max_tokens=max_tokens,
         stop=check_stop(stop),
         stop_ids=check_token_ids("stop_ids", stop_ids, vocabulary) | set(manifest.stop_ids),
+        bundle_stop_ids=frozenset(manifest.stop_ids),
         candidates=candidates,
         logprobs=logprobs,
         constraint=None if format is None else compile_grammar(format),
+        thinking=thinking,
     )
 
 
@@ -78,7 +99,9 @@ class Decoding:
         index: int,
         *,
         tokenizer: Tokenizer,
+        markers: Markers,
         hidden_ids: Collection[int],
+        prompt_ids: np.ndarray,
         penalised_ids: Collection[int],
         context: int,
         clock: StageClock,
@@ -92,9 +115,13 @@ class Decoding:
         self._effective = rules.effective.of_candidate(index)
         self._sampler = Sampler(self._effective, penalised_ids)
         self._constraint = None if rules.constraint is None else rules.constraint.copy()
-        self._text = TextStream(tokenizer, rules.stop, hidden_ids)
+        begun = markers.open_thought(prompt_ids, rules.bundle_stop_ids)
+        self._markers = markers
+        self._parts = ReplyParts(tokenizer, markers, rules.stop, hidden_ids, begun)
+        self._free = begun is not None  # in a thought that the grammar does not cover
+        self._answered = False  # has a token that the grammar covers
         self._ids: list[int] = []
-        self._pieces: list[str] = []
+        self._pieces: list[Piece] = []
         self._logprobs: list[Logprob] = []
         self._drawn = 0  # of the ids, the others are forced
         self._given = 0  # ids that have been given out
@@ -124,7 +151,7 @@ class Decoding:
                 id = ids.pop(0)
                 finish = self._take(id, logits, length + len(waiting))
                 waiting.append(id)
-                if self._pieces[-1]:
+                if any(self._pieces[-1]):
                     yield self._chunk()
                 # Tokens that are forced behind a drawn one join its run. Log-probabilities need each token's own run.
                 ids = (ids or self._forced()) if finish is None and self._rules.logprobs is None else []
@@ -134,59 +161,102 @@ class Decoding:
         return self._finish(finish, read_boxes)
 
     def _draw(self, logits: np.ndarray) -> int:
-        mask = None if self._constraint is None else self._constraint.mask(self._rules.stop_ids)
-        id = self._sampler(logits, mask)
-        self._drawn += id not in self._rules.stop_ids
+        id = self._sampler(logits, self._mask(logits))
+        self._drawn += id not in self._stop_ids
         return id
 
+    @property
+    def _stop_ids(self) -> frozenset[int]:
+        """What ends the reply here."""
+        return self._rules.stop_ids if self._parts.in_answer else self._rules.bundle_stop_ids
+
+    @property
+    def _may_think(self) -> bool:
+        """Whether a thought may begin here that the grammar does not cover: before the answer, once."""
+        return self._rules.thinking and self._parts.in_answer and not (self._parts.thoughts or self._answered)
+
+    def _mask(self, logits: np.ndarray) -> np.ndarray | None:
+        """The tokens that may come next, one bit per token; None for all."""
+        if self._constraint is None:
+            return None
+        if self._free:
+            bits = np.full(-(-logits.size // 8), 0xFF, np.uint8)
+            _set_bit(bits, self._markers.call, on=False)  # a reply that has a form does not call tools
+            return bits
+        bits = self._constraint.mask(self._stop_ids)
+        if self._may_think:
+            _set_bit(bits, self._markers.thought, on=True)
+        return bits
+
     def _forced(self) -> list[int]:
-        return [] if self._constraint is None else self._constraint.forced()
+        return [] if self._constraint is None or self._free or self._may_think else self._constraint.forced()
 
     def _take(self, id: int, logits: np.ndarray, position: int) -> str | None:
         """Let a token join the reply, at `position` of the sequence; returns why the reply ends with it, if it does."""
         rules = self._rules
         self._clock.token()
-        if id in rules.stop_ids:
-            self._pieces.append("")
+        if id in self._stop_ids:
+            self._pieces.append(Piece())
             return "stop_id"
         self._ids.append(id)
         if rules.logprobs is not None:
             self._logprobs.append(logprob(self._tokenizer, logits, id, rules.logprobs))
         self._sampler.add(id)
-        if self._constraint is not None:
-            self._constraint.accept(id)
-        self._pieces.append(self._text.push(id))
-        if self._text.stopped:
+        self._follow(id)
+        self._pieces.append(self._parts.push(id))
+        self._free = self._free and self._parts.in_thought
+        if self._parts.stopped:
             return "stop_text"
-        if self._constraint is not None and self._constraint.ended:
+        if self._constraint is not None and self._constraint.ended and not self._free:
             return "stop_id"
         if len(self._ids) == rules.max_tokens:
             return "length"
         return "context" if position == self._context else None
 
+    def _follow(self, id: int) -> None:
+        """Let the grammar follow a token that is about to be told apart."""
+        if self._may_think and id == self._markers.thought:
+            self._free = True
+        elif not self._free:
+            self._answered = True
+            if self._constraint is not None:
+                self._constraint.accept(id)
+
     def _chunk(self) -> Chunk:
         """The latest piece, with the ids since the one before it."""
         new = slice(self._given, len(self._ids))
         self._given = len(self._ids)
+        piece = self._pieces[-1]
         return Chunk(
-            self._pieces[-1], tuple(self._ids[new]), candidate=self._index, logprobs=tuple(self._logprobs[new])
+            piece.text,
+            tuple(self._ids[new]),
+            candidate=self._index,
+            logprobs=tuple(self._logprobs[new]),
+            thought=piece.thought,
+            tool_calls=piece.calls,
         )
 
     def _finish(self, finish: str, read_boxes: Callable[[str], Boxes]) -> tuple[Candidate, Chunk]:
-        self._pieces.append(self._text.finish())
-        if self._text.stopped:  # also where the end decides between stop strings
+        parts = self._parts
+        self._pieces.append(parts.finish())
+        if parts.stopped:  # also where the end decides between stop strings
             finish = "stop_text"
-        text = "".join(self._pieces)
+        text = "".join(piece.text for piece in self._pieces)
         found = read_boxes(text)
         candidate = Candidate(
             text=text,
             token_ids=tuple(self._ids),
             finish_reason=finish,
             boxes=found.boxes,
-            truncated=found.truncated or not self._is_complete(finish, text),
+            truncated=found.truncated or not self._is_complete(finish, text) or not parts.in_answer,
             logprobs=None if self._rules.logprobs is None else tuple(self._logprobs),
             forced_tokens=len(self._ids) - self._drawn,
             seed=self._effective.seed,
+            thought="".join(piece.thought for piece in self._pieces),
+            thought_finished=not parts.in_thought,
+            thought_tokens=parts.thought_tokens,
+            tool_calls=tuple(parts.calls),
+            malformed_calls=tuple(parts.malformed),
         )
         return candidate, self._chunk()
 
@@ -196,6 +266,35 @@ class Decoding:
             return True
         # A stop string has cut the text somewhere before the place where the grammar is.
         return self._constraint.matches(text) if finish == "stop_text" else self._constraint.complete
+
+
+def make_reply(
+    candidates: Sequence[Candidate], asked: SeenPrompt, rules: Rules, clock: StageClock, cached: int, runtime: Runtime
+) -> Reply:
+    """The whole reply to a prompt of which `cached` tokens were in a state that an earlier request had left."""
+    return Reply(
+        candidates=tuple(candidates),
+        prompt_token_ids=tuple(asked.prompt.ids.tolist()),
+        usage=Usage(
+            prompt_tokens=len(asked.prompt.ids),
+            completion_tokens=sum(len(candidate.token_ids) for candidate in candidates),
+            forced_tokens=sum(candidate.forced_tokens for candidate in candidates),
+            thought_tokens=sum(candidate.thought_tokens for candidate in candidates),
+            by_modality=count_by_modality(asked.prompt, asked.pictures),
+            cached_tokens=cached,
+        ),
+        timings=clock.timings(),
+        sampling=rules.effective,
+        device=str(runtime.device),
+        providers=runtime.providers,
+    )
+
+
+def _set_bit(bits: np.ndarray, id: int, *, on: bool) -> None:
+    """Allow or forbid a token in a mask; one beyond the vocabulary, or -1, cannot be drawn anyway."""
+    if 0 <= id < 8 * bits.size:
+        bit = np.uint8(1 << id % 8)
+        bits[id // 8] = bits[id // 8] | bit if on else bits[id // 8] & ~bit
 
 
 def check_positive(name: str, value: object) -> None:

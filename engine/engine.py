@@ -16,22 +16,23 @@ import numpy as np
 from .boxes import TEXT_TOKENS, parse_boxes
 from .bundle import Bundle
 from .chat import Chat
-from .decoding import Decoding, Rules, check_positive, make_rules
+from .decoding import Decoding, Rules, check_positive, make_reply, make_rules
 from .errors import InputError
 from .grammar import Constraints, Grammar
 from .limits import DEFAULT_LIMITS, Limits
-from .parts import Conversation, ImageInput, turns_of
+from .parts import Conversation, ImageInput, Words, turns_of
 from .pictures import PreparedPicture
-from .prompt import Text
-from .reading import Reader, ReadTurn, count_by_modality, text_ids, tower_identity
-from .reply import Candidate, Chunk, EncodedImage, EncodedVideo, Reply, StageClock, Usage, whole_reply
+from .reading import Layout, Reader, ReadTurn, count_by_modality, text_ids, tower_identity
+from .reply import Candidate, Chunk, EncodedImage, EncodedVideo, StageClock, whole_reply
 from .rests import Course, find_rests
 from .reuse import CACHE_BYTES, FEATURE_CACHE_BYTES, FEATURE_FOLDER_BYTES, Reuse
 from .runtime import PREFILL_CHUNK, Runtime, Session, SoftTokens
-from .sampling import Effective, Sampling
+from .sampling import Sampling
 from .seeing import SeenPrompt, SeenView, see, see_all
 from .self_test import VerifyReport, replay
 from .text import load_tokenizer, special_ids
+from .thinking import Markers, control_tokens
+from .tools import ToolLike
 
 __all__ = ["DEFAULT_MAX_TOKENS", "Engine"]
 
@@ -75,7 +76,11 @@ class Engine:
         self.bundle = bundle
         self.manifest = bundle.manifest
         self.limits = limits
-        self._tokenizer = load_tokenizer(bundle.path("tokenizer"), TEXT_TOKENS.get(self.manifest.reply.boxes, ()))
+        facts = self.manifest.reply
+        self._tokenizer = load_tokenizer(
+            bundle.path("tokenizer"), TEXT_TOKENS.get(facts.boxes, ()), control_tokens(facts)
+        )
+        self._markers = Markers.read(self._tokenizer, facts)
         # Ids that are not text. Read once: a large tokenizer has thousands of added tokens.
         self._hidden = special_ids(self._tokenizer) | set(self.manifest.stop_ids)
         self._reader = Reader(bundle, self._tokenizer, limits)
@@ -153,6 +158,8 @@ class Engine:
         format: Grammar | None = None,
         candidates: int = 1,
         logprobs: int | None = None,
+        tools: Sequence[ToolLike] = (),
+        thinking: bool = False,
         raw: bool = False,
         prompt_ids: Sequence[int] | None = None,
         pan_and_scan: bool = False,
@@ -171,13 +178,18 @@ class Engine:
                 of videos have another one, see `Video`.
             max_tokens: most tokens of the reply.
             sampling: fields that are None take the bundle's defaults.
-            stop: strings that end the reply just before them, any number.
-            stop_ids: tokens that end the reply, besides the bundle's own.
-            format: the form of the reply. What is forced by it is not drawn and runs in one pass.
+            stop: strings that end the answer just before them, any number. Thoughts and calls do not end with them.
+            stop_ids: tokens that end the answer, besides the bundle's own.
+            format: the form of the answer. What is forced by it is not drawn and runs in one pass.
             candidates: how many replies, 1 to 128, after one run of the prompt. They are written one after the other;
                 each has a seed of its own, and the first is the reply that a single candidate would be.
             logprobs: report the log-probability of each token, and of this many most probable ones at its place, 0 to
                 20. With a format each forced token then takes a run of its own.
+            tools: functions that the model may call, as `Tool` or as declarations of OpenAI's API. What it calls is in
+                `Reply.tool_calls`; `[*conversation, Turn.of(reply), Turn("tool", [ToolResult(...), ...])]` goes on.
+                Excludes `format`.
+            thinking: let the model think before it answers; the thought is apart from the text, and counts among
+                `max_tokens`. Bundles whose model or chat template does not know tools or thinking refuse them.
             raw: complete the text as it stands, without the chat template. Bundles of base models are always raw.
                 There are no roles then: one user turn, and no system text.
             prompt_ids: the whole prompt as token ids; the conversation then holds pictures only, in the order of the
@@ -206,11 +218,14 @@ class Engine:
             format=format,
             candidates=candidates,
             logprobs=logprobs,
+            tools=bool(tools),
+            thinking=thinking,
         )
         check_positive("prefill_chunk", prefill_chunk)
         reuse = self._reuse if cache else self._reuse.off()
         turns = self._reader.read(conversation, clock, system, image_tokens, pan_and_scan, reuse.files)
-        asked = self._see(turns, clock, reuse, raw=raw, prompt_ids=prompt_ids)
+        layout = Layout(raw=raw, prompt_ids=prompt_ids, tools=tools, thinking=thinking)
+        asked = self._see(turns, clock, reuse, layout)
         yield from self._answer(asked, rules, clock, reuse, prefill_chunk)
 
     generate = whole_reply(stream)
@@ -222,6 +237,8 @@ class Engine:
         sampling: Sampling | None = None,
         max_tokens: int = DEFAULT_MAX_TOKENS,
         image_tokens: int | None = None,
+        tools: Sequence[ToolLike] = (),
+        thinking: bool = False,
         cache: bool = True,
     ) -> Chat:
         """A conversation that remembers its turns. The options are those of `stream`, for every turn.
@@ -229,13 +246,20 @@ class Engine:
         Raises PromptError for a bundle without a chat template.
         """
         return Chat(
-            self, system=system, sampling=sampling, max_tokens=max_tokens, image_tokens=image_tokens, cache=cache
+            self,
+            system=system,
+            sampling=sampling,
+            max_tokens=max_tokens,
+            image_tokens=image_tokens,
+            tools=tools,
+            thinking=thinking,
+            cache=cache,
         )
 
     def encode(self, image: ImageInput, *, image_tokens: int | None = None) -> EncodedImage:
         """Run the vision tower once, to ask many questions about one picture: the whole of it, never crops."""
         [(_, [part])] = turns_of([image], None)
-        if isinstance(part, Text):
+        if isinstance(part, Words):
             raise InputError("encode takes a picture, not text")
         clock = StageClock()
         pictures = self._reader.read_media(part, clock, image_tokens, known=self._reuse.files)
@@ -252,13 +276,15 @@ class Engine:
         *,
         system: str | None = None,
         image_tokens: int | None = None,
+        tools: Sequence[ToolLike] = (),
+        thinking: bool = False,
         raw: bool = False,
         pan_and_scan: bool = False,
     ) -> dict[str, int]:
         """Prompt tokens by modality and in "total", without running a graph."""
         files = self._reuse.files
         turns = self._reader.read(conversation, StageClock(), system, image_tokens, pan_and_scan, files)
-        pictures, prompt = self._reader.prompt(turns, raw=raw)
+        pictures, prompt = self._reader.prompt(turns, Layout(raw=raw, tools=tools, thinking=thinking))
         return {"total": len(prompt.ids), **count_by_modality(prompt, pictures)}
 
     def prompt_logits(
@@ -267,6 +293,8 @@ class Engine:
         *,
         system: str | None = None,
         image_tokens: int | None = None,
+        tools: Sequence[ToolLike] = (),
+        thinking: bool = False,
         raw: bool = False,
         prompt_ids: Sequence[int] | None = None,
         pan_and_scan: bool = False,
@@ -274,7 +302,8 @@ class Engine:
         """Logits of every row of the prompt, float32 [prompt tokens, vocabulary]."""
         clock = StageClock()
         turns = self._reader.read(conversation, clock, system, image_tokens, pan_and_scan, self._reuse.files)
-        asked = self._see(turns, clock, self._reuse, raw=raw, prompt_ids=prompt_ids)
+        layout = Layout(raw=raw, prompt_ids=prompt_ids, tools=tools, thinking=thinking)
+        asked = self._see(turns, clock, self._reuse, layout)
         soft = self._soft_tokens(asked, clock, self._reuse)
         with self._turn:
             return self.runtime.session().prompt_logits(asked.prompt.ids, soft)
@@ -286,17 +315,9 @@ class Engine:
 
     # --- the path
 
-    def _see(
-        self,
-        turns: Sequence[ReadTurn],
-        clock: StageClock,
-        reuse: Reuse,
-        *,
-        raw: bool = False,
-        prompt_ids: Sequence[int] | None = None,
-    ) -> SeenPrompt:
+    def _see(self, turns: Sequence[ReadTurn], clock: StageClock, reuse: Reuse, layout: Layout) -> SeenPrompt:
         """Lay out the prompt, then look at its pictures: nothing is drawn or resized for a prompt that is refused."""
-        pictures, prompt = self._reader.prompt(turns, raw=raw, prompt_ids=prompt_ids)
+        pictures, prompt = self._reader.prompt(turns, layout)
         return see_all(prompt, pictures, self.manifest.image, clock, reuse.files)
 
     def _answer(
@@ -324,7 +345,9 @@ class Engine:
                 rules,
                 index,
                 tokenizer=self._tokenizer,
+                markers=self._markers,
                 hidden_ids=self._hidden,
+                prompt_ids=asked.prompt.ids,
                 penalised_ids=text_ids(asked.prompt, self.runtime.vocabulary),
                 context=self.manifest.context,
                 clock=clock,
@@ -338,7 +361,8 @@ class Engine:
             if not index:
                 reuse.keep_reply(session, course, candidate.token_ids)
             finished.append(candidate)
-        yield dataclasses.replace(last, reply=self._reply(finished, asked, rules.effective, clock, cached))
+        whole = make_reply(finished, asked, rules, clock, cached, self.runtime)
+        yield dataclasses.replace(last, reply=whole)
 
     def _encode(self, view: SeenView, clock: StageClock, reuse: Reuse) -> np.ndarray:
         """Soft tokens of a view, float32 [length, D]."""
@@ -396,27 +420,3 @@ class Engine:
                 self._require_open()
                 logits = session.extend(tokens[start : start + chunk])
         return logits
-
-    def _reply(
-        self,
-        candidates: list[Candidate],
-        asked: SeenPrompt,
-        effective: Effective,
-        clock: StageClock,
-        cached: int,
-    ) -> Reply:
-        return Reply(
-            candidates=tuple(candidates),
-            prompt_token_ids=tuple(asked.prompt.ids.tolist()),
-            usage=Usage(
-                prompt_tokens=len(asked.prompt.ids),
-                completion_tokens=sum(len(candidate.token_ids) for candidate in candidates),
-                forced_tokens=sum(candidate.forced_tokens for candidate in candidates),
-                by_modality=count_by_modality(asked.prompt, asked.pictures),
-                cached_tokens=cached,
-            ),
-            timings=clock.timings(),
-            sampling=effective,
-            device=str(self.runtime.device),
-            providers=self.runtime.providers,
-        )

@@ -1,19 +1,35 @@
 """Messages as a prompt takes them: checked, and merged into turns.
 
 Adjacent text parts are one text, and adjacent messages of one role one turn. A turn that mixes text and media keeps
-their order.
+their order. A turn of the assistant may end in calls of tools; the turn behind it has their results.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from .errors import PromptError
 from .manifest import PanAndScanFacts, PromptFacts
+from .tools import ToolCall, ToolResult, strings, swapped
 
-__all__ = ["Media", "Message", "MessageTurn", "Part", "Text", "checked_parts", "join", "merged_turns", "sole_turn"]
+__all__ = [
+    "Media",
+    "Message",
+    "MessageTurn",
+    "Part",
+    "Text",
+    "Thought",
+    "checked_parts",
+    "join",
+    "merged_turns",
+    "plain_parts",
+    "sole_turn",
+    "template_messages",
+]
 
 # Adjacent messages of one role, and system text in front of a user turn, are joined with what Gemma 3's own template
 # puts between system and user.
@@ -41,12 +57,22 @@ class Media:
     frames: tuple[tuple[str, int], ...] = ()
 
 
-Part = Text | Media
+@dataclass(frozen=True, slots=True)
+class Thought:
+    """What the model thought before its calls. Templates that know thoughts keep those of the turn that goes on."""
+
+    text: str
+
+
+Part = Text | Media | Thought | ToolCall | ToolResult
 
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One message: `role` is "system", "user" or "assistant" ("model" is the same); `parts` keep their order."""
+    """One message: `role` is "system", "user", "assistant" ("model" is the same) or "tool"; `parts` keep their order.
+
+    Thoughts and calls are the assistant's, calls behind everything else. Results are all that a tool says.
+    """
 
     role: str
     parts: str | Sequence[Part]
@@ -54,27 +80,99 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class MessageTurn:
-    """Adjacent messages of one role: the index of the first, and their parts with no two texts side by side."""
+    """Adjacent messages of one role: the index of the first, and their parts with no two texts side by side.
+
+    `parts` are what the turn says; thoughts, calls and results are apart.
+    """
 
     index: int
     role: str
-    parts: list[Part]
+    parts: list[Text | Media]
+    thought: str = ""
+    calls: tuple[ToolCall, ...] = ()
+    results: tuple[ToolResult, ...] = ()
 
     def followed_by(self, other: MessageTurn) -> MessageTurn:
         """Both in one turn; texts that meet are set apart."""
         meet = bool(self.parts and other.parts)
         meet = meet and isinstance(self.parts[-1], Text) and isinstance(other.parts[0], Text)
-        return MessageTurn(self.index, self.role, join([*self.parts, *([Text(_JOINT)] if meet else []), *other.parts]))
+        return MessageTurn(
+            self.index,
+            self.role,
+            join([*self.parts, *([Text(_JOINT)] if meet else []), *other.parts]),
+            _JOINT.join(filter(None, (self.thought, other.thought))),
+            self.calls + other.calls,
+            self.results + other.results,
+        )
 
-    def for_template(self, swap: Callable[[str], str]) -> dict[str, Any]:
-        """The message as templates of these families read it, texts swapped: plain content unless there are media."""
+    def texts(self) -> Iterator[str]:
+        """All text from outside."""
+        yield from (part.text for part in self.parts if isinstance(part, Text))
+        yield self.thought
+        for call in self.calls:
+            yield from (call.name, *strings(call.arguments))
+        for result in self.results:
+            yield from (result.name, *strings(result.fields))
+
+    def content(self, swap: Callable[[str], str]) -> str | list[dict[str, str]]:
+        """What the turn says as templates of these families read it: plain text unless there are media."""
         content = [
             {"type": "text", "text": swap(part.text)} if isinstance(part, Text) else {"type": part.kind}
             for part in self.parts
         ]
-        if all(item["type"] == "text" for item in content):
-            return {"role": self.role, "content": "".join(item["text"] for item in content)}
-        return {"role": self.role, "content": content}
+        return content if any(item["type"] != "text" for item in content) else "".join(item["text"] for item in content)
+
+
+def template_messages(
+    turns: Sequence[MessageTurn], swap: Callable[[str], str], *, attach_results: bool = False
+) -> list[dict[str, Any]]:
+    """The messages that a chat template reads, text from outside swapped.
+
+    Calls are a message of their own, because templates write them in front of what the same message says. Results are
+    messages with the role "tool", or they are attached to the message of their calls, as "tool_responses".
+    """
+    messages: list[dict[str, Any]] = []
+    numbers = itertools.count()
+    calling: dict[str, Any] = {}
+    for turn in turns:
+        if turn.role == "tool":
+            messages += _results(turn, calling, swap, attach_results)
+            continue
+        said = {"role": turn.role, "content": turn.content(swap)}
+        calling = {"role": turn.role, "content": ""}
+        calling["tool_calls"] = [
+            {
+                "id": f"call_{next(numbers)}",
+                "type": "function",
+                "function": {"name": call.name, "arguments": swapped(call.arguments, swap)},
+            }
+            for call in turn.calls
+        ]
+        spoken = [said] if turn.parts or not turn.calls else []
+        spoken += [calling] if turn.calls else []
+        if turn.thought:
+            spoken[-1]["reasoning_content"] = swap(turn.thought)
+        messages += spoken
+    return messages
+
+
+def _results(
+    turn: MessageTurn, calling: dict[str, Any], swap: Callable[[str], str], attach: bool
+) -> list[dict[str, Any]]:
+    """The messages of a turn of results, behind the message of their calls."""
+    if attach:
+        calling["tool_responses"] = [
+            {"name": result.name, "response": swapped(result.fields, swap)} for result in turn.results
+        ]
+        return []
+    open_calls = list(calling["tool_calls"])
+    messages = []
+    for result in turn.results:
+        call = next(call for call in open_calls if call["function"]["name"] == result.name)
+        open_calls.remove(call)
+        content = swapped(result.fields, swap)
+        messages.append({"role": "tool", "tool_call_id": call["id"], "name": result.name, "content": content})
+    return messages
 
 
 def sole_turn(messages: Sequence[Message]) -> str | Sequence[Part]:
@@ -96,24 +194,62 @@ def merged_turns(
     turns: list[MessageTurn] = []
     for index, message in enumerate(messages):
         role = {"model": "assistant"}.get(message.role, message.role)
-        if role not in ("system", "user", "assistant"):
-            raise PromptError(f"message {index}: unknown role {message.role!r} (known: system, user, assistant, model)")
-        parts = join(checked_parts(message.parts, facts, pan_and_scan, f"message {index}"))
-        if role == "user" and not any(isinstance(part, Media) or part.text.strip() for part in parts):
+        if role not in ("system", "user", "assistant", "tool"):
+            raise PromptError(
+                f"message {index}: unknown role {message.role!r} (known: system, user, assistant, model, tool)"
+            )
+        turn = _turn(index, role, checked_parts(message.parts, facts, pan_and_scan, f"message {index}"))
+        if role == "user" and not any(isinstance(part, Media) or part.text.strip() for part in turn.parts):
             raise PromptError(f"message {index}: a user message needs text or an image")
         if role == "system":
             if any(turn.role != "system" for turn in turns):
                 raise PromptError(f"message {index}: a system message must come before all others")
-            if any(isinstance(part, Media) for part in parts):
+            if any(isinstance(part, Media) for part in turn.parts):
                 raise PromptError(f"message {index}: a system message holds text only")
-        turn = MessageTurn(index, role, parts)
         if turns and turns[-1].role == role:
             turns[-1] = turns[-1].followed_by(turn)
         else:
             turns.append(turn)
+    _check_results(turns)
     if turns[-1].role == "assistant":
         raise PromptError(f"message {len(messages) - 1}: the conversation ends with the assistant, nothing to answer")
     return turns
+
+
+def _turn(index: int, role: str, parts: Sequence[Part]) -> MessageTurn:
+    """One message as a turn. Raises PromptError for a part that its role does not have."""
+    allowed = {"assistant": (Text, Media, Thought, ToolCall), "tool": (ToolResult,)}.get(role, (Text, Media))
+    calls: list[ToolCall] = []
+    for place, part in enumerate(parts):
+        if not isinstance(part, allowed):
+            raise PromptError(f"message {index}, part {place}: a {role} message has no {type(part).__name__}")
+        if isinstance(part, ToolCall):
+            calls.append(part)
+        elif calls and not (isinstance(part, Text) and not part.text):
+            raise PromptError(f"message {index}, part {place}: nothing but calls may follow a call")
+    results = tuple(part for part in parts if isinstance(part, ToolResult))
+    if role == "tool" and not results:
+        raise PromptError(f"message {index}: a tool message needs a result")
+    thought = _JOINT.join(part.text for part in parts if isinstance(part, Thought))
+    said = join(part for part in parts if isinstance(part, (Text, Media)))
+    return MessageTurn(index, role, said, thought, tuple(calls), results)
+
+
+def _check_results(turns: Sequence[MessageTurn]) -> None:
+    """Every call has its result in the turn behind it, and no result is without a call."""
+    for turn, following in zip(turns, [*turns[1:], None], strict=True):
+        results = following.results if following is not None else ()
+        calls = Counter(call.name for call in turn.calls)
+        answered = Counter(result.name for result in results)
+        for name in calls - answered:
+            raise PromptError(f"message {turn.index}: the call of {name!r} needs a result in the message behind it")
+        for name in answered - calls:
+            assert following is not None
+            raise PromptError(
+                f"message {following.index}: the result of {name!r} answers no call of the turn before it"
+            )
+    if turns[0].results:
+        raise PromptError(f"message 0: the result of {turns[0].results[0].name!r} answers no call")
 
 
 def checked_parts(parts: Any, facts: PromptFacts, pan_and_scan: PanAndScanFacts | None, where: str) -> list[Part]:
@@ -124,7 +260,7 @@ def checked_parts(parts: Any, facts: PromptFacts, pan_and_scan: PanAndScanFacts 
         raise PromptError(f"{where}: the content is {type(parts).__name__}, expected text or a list of parts")
     for index, part in enumerate(parts):
         place = f"{where}, part {index}"
-        if isinstance(part, Text) and isinstance(part.text, str):
+        if isinstance(part, (Text, Thought)) and isinstance(part.text, str):
             try:
                 part.text.encode()
             except UnicodeEncodeError as error:
@@ -140,14 +276,24 @@ def checked_parts(parts: Any, facts: PromptFacts, pan_and_scan: PanAndScanFacts 
                 raise PromptError(
                     f"{place}: this model takes no such crops of an image: {list(part.crops)} soft tokens"
                 )
-        else:
+        elif not isinstance(part, (ToolCall, ToolResult)):
             raise PromptError(f"{place}: expected Text or Media, not {type(part).__name__}")
     return list(parts)
 
 
-def join(parts: Iterable[Part]) -> list[Part]:
+def plain_parts(parts: Any, facts: PromptFacts, pan_and_scan: PanAndScanFacts | None, where: str) -> list[Text | Media]:
+    """The parts of a prompt without roles: text and media, empty texts too."""
+    plain: list[Text | Media] = []
+    for index, part in enumerate(checked_parts(parts, facts, pan_and_scan, where)):
+        if not isinstance(part, (Text, Media)):
+            raise PromptError(f"{where}, part {index}: without a chat template there is no {type(part).__name__}")
+        plain.append(part)
+    return plain
+
+
+def join(parts: Iterable[Text | Media]) -> list[Text | Media]:
     """The parts without empty texts, texts that stand side by side in one."""
-    joined: list[Part] = []
+    joined: list[Text | Media] = []
     for part in parts:
         if isinstance(part, Text) and joined and isinstance(joined[-1], Text):
             joined[-1] = Text(joined[-1].text + part.text)

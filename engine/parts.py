@@ -13,11 +13,24 @@ import PIL.Image
 
 from .errors import PromptError
 from .image import ImageSource
-from .prompt import Text
-from .reply import EncodedImage, EncodedVideo
+from .prompt import Text, Thought
+from .reply import Candidate, EncodedImage, EncodedVideo, Reply
 from .sources import FileSource
+from .tools import ToolCall, ToolResult
 
-__all__ = ["Conversation", "Image", "ImageInput", "NormalPart", "PartLike", "Pdf", "Turn", "Video", "turns_of"]
+__all__ = [
+    "Conversation",
+    "Image",
+    "ImageInput",
+    "NormalPart",
+    "PartLike",
+    "Pdf",
+    "Turn",
+    "TurnPart",
+    "Video",
+    "Words",
+    "turns_of",
+]
 
 # A text that is one line ending in one of these is taken for the path of a file; `Text(...)` says that it is not. Names
 # of formats that are not read are among them: their refusal says more than an answer about the name would.
@@ -91,15 +104,38 @@ like the name of such a file; wrap text that you did not write yourself in `Text
 Conversation = PartLike | Sequence[PartLike] | Sequence["Turn"]
 
 
+TurnPart = PartLike | Thought | ToolCall | ToolResult
+"""A part of a turn: of the assistant also a thought or a call, of a tool a result and nothing else."""
+
+
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One message of a conversation: `role` is "system", "user" or "assistant"."""
+    """One message of a conversation: `role` is "system", "user", "assistant" or "tool".
+
+    A turn of the assistant that calls tools ends in its calls, and the turn behind it has a result for each of them.
+    """
 
     role: str
-    parts: PartLike | Sequence[PartLike]
+    parts: TurnPart | Sequence[TurnPart]
+
+    @classmethod
+    def of(cls, reply: Reply | Candidate) -> Turn:
+        """What the assistant has said, as the next request takes it.
+
+        The thought belongs to it only if it led to calls: until these are answered the turn goes on, and thoughts of
+        turns that are over are forgotten.
+        """
+        candidate = reply.candidates[0] if isinstance(reply, Reply) else reply
+        said: list[TurnPart] = [Text(candidate.text)] if candidate.text or not candidate.tool_calls else []
+        if candidate.tool_calls and candidate.thought:
+            said.append(Thought(candidate.thought))
+        return cls("assistant", [*said, *candidate.tool_calls])
 
 
-NormalPart = Text | Image | Pdf | Video | EncodedImage | EncodedVideo
+Words = Text | Thought | ToolCall | ToolResult
+"""What of a turn is no medium."""
+
+NormalPart = Words | Image | Pdf | Video | EncodedImage | EncodedVideo
 
 
 def turns_of(conversation: Conversation, system: str | None) -> list[tuple[str, list[NormalPart]]]:
@@ -123,7 +159,7 @@ def _normal_parts(parts: list[Any]) -> list[NormalPart]:
 
 
 def _normal_part(part: Any, index: int) -> NormalPart:
-    if isinstance(part, (Text, Image, Pdf, Video, EncodedImage, EncodedVideo)):
+    if isinstance(part, (Words, Image, Pdf, Video, EncodedImage, EncodedVideo)):
         return part
     if isinstance(part, str):
         if _VIDEO_NAME.fullmatch(part) or _VIDEO_URI.match(part):

@@ -29,12 +29,26 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
+from .abilities import Abilities
 from .errors import BundleError, PromptError
-from .manifest import PanAndScanFacts, PromptFacts
-from .messages import Media, Message, MessageTurn, Part, Text, checked_parts, join, merged_turns, sole_turn
+from .manifest import PanAndScanFacts, PromptFacts, ReplyFacts
+from .messages import (
+    Media,
+    Message,
+    MessageTurn,
+    Part,
+    Text,
+    Thought,
+    join,
+    merged_turns,
+    plain_parts,
+    sole_turn,
+    template_messages,
+)
 from .template import ChatTemplate
+from .tools import Tool, strings, swapped
 
-__all__ = ["Media", "Message", "Part", "Prompt", "PromptBuilder", "Span", "Text", "sole_turn"]
+__all__ = ["Media", "Message", "Part", "Prompt", "PromptBuilder", "Span", "Text", "Thought", "sole_turn"]
 
 _PRIVATE_USE = ((0xE000, 0xF8FF), (0xF0000, 0xFFFFD), (0x100000, 0x10FFFD))
 
@@ -74,11 +88,15 @@ class PromptBuilder:
         facts: PromptFacts,
         template: ChatTemplate | None,
         pan_and_scan: PanAndScanFacts | None = None,
+        reply: ReplyFacts | None = None,
     ):
+        """`reply` says how replies are read, which decides about tools and thinking; without it there are none."""
         self._tokenizer = tokenizer
         self._facts = facts
         self._pan_and_scan = pan_and_scan
         self._template = template
+        reply = ReplyFacts(boxes="none", thought=None, tool_call=None) if reply is None else reply
+        self._abilities = None if template is None else Abilities(template, facts.begin, reply)
         self._control = {
             token.content: id for id, token in tokenizer.get_added_tokens_decoder().items() if token.special
         }
@@ -96,28 +114,29 @@ class PromptBuilder:
         self._candidates = re.compile("[" + re.escape("".join(self._first_characters)) + "]")
         self._lengths = sorted({len(spelling) for spelling in self._control}, reverse=True)
 
-    def chat(self, messages: Sequence[Message]) -> Prompt:
+    def chat(self, messages: Sequence[Message], *, tools: Sequence[Tool] = (), thinking: bool = False) -> Prompt:
         """The prompt for a conversation, ending where the model's reply begins.
 
         Adjacent text parts are one text. Adjacent messages of one role become one turn. System text goes into a
         system turn, or in front of the first user turn if the template has no system role. Raises PromptError, naming
         the message, for anything that cannot be used, and for whatever the template refuses.
 
+        `tools` are declared, and `thinking` is switched on, by templates that know them; others refuse.
+
         With the layout "media_first" there are no roles: one user message becomes its media, the beginning-of-sequence
         token, its text and the end that the manifest names.
         """
+        turns = merged_turns(messages, self._facts, self._pan_and_scan)
+        variables = self._variables(turns, tools, thinking)
         if self._facts.layout == "media_first":
-            merged_turns(messages, self._facts, self._pan_and_scan)
             return self._media_first(sole_turn(messages), self._facts.end)
         if self._template is None:
             raise PromptError("this bundle has no chat template: it completes text as it stands (raw)")
-        turns = merged_turns(messages, self._facts, self._pan_and_scan)
         turns = self._place_system(turns)
-        parts = [part for turn in turns for part in turn.parts]
-        media = [part for part in parts if isinstance(part, Media)]
-        texts = [part.text for part in parts if isinstance(part, Text)]
-        guard = _Guard(self._first_characters, [self._template.source, *texts])
-        rendered = self._render(turns, guard)
+        media = [part for turn in turns for part in turn.parts if isinstance(part, Media)]
+        texts = [text for turn in turns for text in turn.texts()]
+        guard = _Guard(self._first_characters, [self._template.source, *texts, *strings(variables.get("tools"))])
+        rendered = self._render(turns, guard, variables)
         # The beginning-of-sequence token is the template's own here: spelled in a text it is swapped.
         rendered = rendered.replace(self._facts.begin, "")
         if not self._kinds:
@@ -141,7 +160,7 @@ class PromptBuilder:
         """
         if self._facts.layout == "media_first":
             return self._media_first(parts, end="")
-        joined = join(checked_parts(parts, self._facts, self._pan_and_scan, "the prompt"))
+        joined = join(plain_parts(parts, self._facts, self._pan_and_scan, "the prompt"))
         guard = _Guard(self._first_characters, [part.text for part in joined if isinstance(part, Text)])
         items = [guard.swap(part.text) if isinstance(part, Text) else part for part in joined]
         return self._assemble([self._facts.begin, *items], guard)
@@ -151,7 +170,7 @@ class PromptBuilder:
 
         Text and `end` are encoded as one string. A space keeps words apart between which a medium stood.
         """
-        checked = checked_parts(parts, self._facts, self._pan_and_scan, "the prompt")
+        checked = plain_parts(parts, self._facts, self._pan_and_scan, "the prompt")
         text, apart = "", False
         for part in checked:
             if isinstance(part, Text):
@@ -186,29 +205,46 @@ class PromptBuilder:
 
     # -- templates -----------------------------------------------------------------------------------------------
 
-    def _render(self, turns: list[MessageTurn], guard: _Guard) -> str:
+    def _variables(self, turns: Sequence[MessageTurn], tools: Sequence[Tool], thinking: bool) -> dict[str, Any]:
+        """What the template reads beside the messages. Raises PromptError for what this bundle does not have."""
+        if self._abilities is None:
+            if tools or thinking:
+                raise PromptError(f"{'tools' if tools else 'thinking'}: this bundle has no chat template")
+            return {}
+        if tools or any(turn.calls for turn in turns):
+            self._abilities.require_tools()
+        if thinking:
+            self._abilities.require_thinking()
+        declared = {"tools": [tool.declaration() for tool in tools]} if tools else {}
+        return declared | ({"enable_thinking": True} if thinking else {})
+
+    def _render(self, turns: list[MessageTurn], guard: _Guard, variables: dict[str, Any]) -> str:
+        variables = swapped(variables, guard.swap)
+        assert self._abilities is not None
+        attach = any(turn.calls for turn in turns) and self._abilities.attaches_results
+
+        def render(turns: Sequence[MessageTurn]) -> str:
+            return self._apply(template_messages(turns, guard.swap, attach_results=attach), variables)
+
+        def refuses(count: int) -> bool:
+            try:
+                render(turns[:count])
+            except PromptError:
+                return True
+            return False
+
         try:
-            return self._apply([turn.for_template(guard.swap) for turn in turns])
+            return render(turns)
         except PromptError as error:
-            index = self._first_refused(turns, guard)
-            raise PromptError(f"message {index}: {guard.restore(str(error))}") from None
+            # The first message at which the template refuses: a longer history does not make it accept.
+            length = bisect.bisect_left(range(1, len(turns)), True, key=refuses)
+            raise PromptError(f"message {turns[length].index}: {guard.restore(str(error))}") from None
 
-    def _apply(self, messages: list[dict[str, Any]]) -> str:
+    def _apply(self, messages: list[dict[str, Any]], variables: dict[str, Any] | None = None) -> str:
         assert self._template is not None
-        return self._template.render(messages, bos_token=self._facts.begin, add_generation_prompt=True)
-
-    def _refuses(self, messages: list[dict[str, Any]]) -> bool:
-        try:
-            self._apply(messages)
-        except PromptError:
-            return True
-        return False
-
-    def _first_refused(self, turns: list[MessageTurn], guard: _Guard) -> int:
-        """Index of the message at which the template starts to refuse: a longer history does not make it accept."""
-        rendered = [turn.for_template(guard.swap) for turn in turns]
-        length = bisect.bisect_left(range(1, len(turns)), True, key=lambda count: self._refuses(rendered[:count]))
-        return turns[length].index
+        return self._template.render(
+            messages, bos_token=self._facts.begin, add_generation_prompt=True, **(variables or {})
+        )
 
     def _place_system(self, turns: list[MessageTurn]) -> list[MessageTurn]:
         """Fold system text into the first user turn unless the template gives it a place of its own."""

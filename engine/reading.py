@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import cast
 
 import numpy as np
@@ -18,17 +19,29 @@ from .known_files import NOTHING_KNOWN, KnownFiles
 from .limits import Limits
 from .manifest import Manifest
 from .media import is_moving, read_media, read_video
-from .parts import Conversation, Image, Pdf, Video, turns_of
+from .parts import Conversation, Image, Pdf, Video, Words, turns_of
 from .pictures import PreparedPicture, assign_spans, lay_out
 from .prompt import Message, Prompt, PromptBuilder, Text, sole_turn
 from .reply import EncodedImage, EncodedVideo, StageClock
 from .sources import FileSource
 from .template import ChatTemplate
+from .tools import ToolLike, read_tools
 
-__all__ = ["ReadTurn", "Reader", "count_by_modality", "text_ids", "tower_identity"]
+__all__ = ["Layout", "ReadTurn", "Reader", "count_by_modality", "text_ids", "tower_identity"]
 
-ReadTurn = tuple[str, list[Text | PreparedPicture]]
+ReadPart = Words | PreparedPicture
+ReadTurn = tuple[str, list[ReadPart]]
 """The role of a turn and its parts, a document as one picture for each page, a video as one with many views."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """How a conversation becomes a prompt; see `Engine.stream`."""
+
+    raw: bool = False
+    prompt_ids: Sequence[int] | None = None
+    tools: Sequence[ToolLike] = ()
+    thinking: bool = False
 
 
 class Reader:
@@ -42,7 +55,7 @@ class Reader:
         self._limits = limits
         template = _load_template(bundle)
         crops = None if self._manifest.image is None else self._manifest.image.pan_and_scan
-        self._prompts = PromptBuilder(tokenizer, self._manifest.prompt, template, crops)
+        self._prompts = PromptBuilder(tokenizer, self._manifest.prompt, template, crops, self._manifest.reply)
         self.has_roles = template is not None and self._manifest.prompt.layout == "inline"
         self._raw_only = template is None and self._manifest.prompt.layout == "inline"
 
@@ -61,9 +74,9 @@ class Reader:
         turns: list[ReadTurn] = []
         attached = 0
         for role, parts in turns_of(conversation, system):
-            read: list[Text | PreparedPicture] = []
+            read: list[ReadPart] = []
             for part in parts:
-                if isinstance(part, Text):
+                if isinstance(part, Words):
                     read.append(part)
                     continue
                 attached += 1
@@ -71,21 +84,24 @@ class Reader:
             turns.append((role, read))
         return turns
 
-    def prompt(
-        self, turns: Sequence[ReadTurn], *, raw: bool = False, prompt_ids: Sequence[int] | None = None
-    ) -> tuple[list[PreparedPicture], Prompt]:
+    def prompt(self, turns: Sequence[ReadTurn], layout: Layout) -> tuple[list[PreparedPicture], Prompt]:
         """All pictures in their order, and the prompt. Raises PromptError and ContextFull."""
+        tools = read_tools(layout.tools)
+        raw = layout.raw or self._raw_only
+        if (tools or layout.thinking) and (raw or layout.prompt_ids is not None):
+            asked = "tools" if tools else "thinking"
+            raise PromptError(f"{asked}: the prompt is not written by a chat template, as that would need")
         pictures = [part for _, parts in turns for part in parts if isinstance(part, PreparedPicture)]
         messages = [
             Message(role, [part.medium if isinstance(part, PreparedPicture) else part for part in parts])
             for role, parts in turns
         ]
-        if prompt_ids is not None:
-            prompt = self._from_ids(prompt_ids, messages, pictures)
-        elif raw or self._raw_only:
+        if layout.prompt_ids is not None:
+            prompt = self._from_ids(layout.prompt_ids, messages, pictures)
+        elif raw:
             prompt = self._prompts.raw(sole_turn(messages))
         else:
-            prompt = self._prompts.chat(messages)
+            prompt = self._prompts.chat(messages, tools=tools, thinking=layout.thinking)
         if len(prompt.ids) > self._manifest.context:
             raise ContextFull(len(prompt.ids), self._manifest.context)
         return pictures, prompt

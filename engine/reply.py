@@ -14,6 +14,7 @@ import numpy as np
 from .boxes import Box
 from .logprobs import Logprob
 from .sampling import Effective
+from .tools import MalformedCall, ToolCall
 
 __all__ = [
     "Candidate",
@@ -77,7 +78,7 @@ class Usage:
     """Token counts. The stop token that ends a reply is not part of it and not counted.
 
     `completion_tokens` are those of all candidates; `forced_tokens` of them were not drawn, because the grammar left no
-    choice.
+    choice, and `thought_tokens` of them are thoughts with their markers.
     `by_modality` splits the prompt: "image" counts the soft tokens of pictures, "document" those of pages of documents
     and "video" those of frames (absent if there are none), "text" everything else.
     """
@@ -87,6 +88,7 @@ class Usage:
     by_modality: dict[str, int]
     cached_tokens: int = 0
     forced_tokens: int = 0
+    thought_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,10 +113,14 @@ class Timings:
 class Candidate:
     """One of the replies to a prompt.
 
-    finish_reason: "stop_id" (the model ended its turn, or the grammar lets nothing follow), "stop_text" (a stop
-    string), "length" (`max_tokens`) or "context" (no room left). `boxes` are in pixels of the upright images.
-    `truncated` says that a list of boxes was cut off, or that the text ends before its grammar does. `logprobs` are
-    None unless asked for, then one for each of `token_ids`. The `seed` gives the candidate again, as a single reply.
+    finish_reason: "stop_id" (the model ended its turn or waits for results, or the grammar lets nothing follow),
+    "stop_text" (a stop string), "length" (`max_tokens`) or "context" (no room left). `boxes` are in pixels of the
+    upright images. `truncated` says that a list of boxes was cut off, that the text ends before its grammar does, or
+    that the reply ends inside of a thought or a call. `logprobs` are None unless asked for, then one for each of
+    `token_ids`. The `seed` gives the candidate again, as a single reply.
+
+    `text` is the answer alone. `thought` is what the model thought; `thought_finished` is False where the reply ends
+    inside of a thought, so that the answer is missing. Each of `malformed_calls` is also part of the text.
     """
 
     text: str
@@ -125,6 +131,11 @@ class Candidate:
     logprobs: tuple[Logprob, ...] | None
     forced_tokens: int
     seed: int
+    thought: str = ""
+    thought_finished: bool = True
+    thought_tokens: int = 0
+    tool_calls: tuple[ToolCall, ...] = ()
+    malformed_calls: tuple[MalformedCall, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,13 +178,29 @@ class Reply:
     def logprobs(self) -> tuple[Logprob, ...] | None:
         return self.candidates[0].logprobs
 
+    @property
+    def thought(self) -> str:
+        return self.candidates[0].thought
+
+    @property
+    def thought_finished(self) -> bool:
+        return self.candidates[0].thought_finished
+
+    @property
+    def tool_calls(self) -> tuple[ToolCall, ...]:
+        return self.candidates[0].tool_calls
+
+    @property
+    def malformed_calls(self) -> tuple[MalformedCall, ...]:
+        return self.candidates[0].malformed_calls
+
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
     """A piece of a stream: text that has become certain, and the ids since the piece before.
 
-    Candidates follow one another; the pieces of one joined are its text, its ids and its `logprobs` (empty unless asked
-    for). The last piece of all carries the whole `reply`.
+    Candidates follow one another; the pieces of one joined are its text, its thought, its calls, its ids and its
+    `logprobs` (empty unless asked for). The last piece of all carries the whole `reply`.
     """
 
     text: str
@@ -181,6 +208,8 @@ class Chunk:
     reply: Reply | None = None
     candidate: int = 0
     logprobs: tuple[Logprob, ...] = ()
+    thought: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
 
 
 def whole_reply(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +16,11 @@ __all__ = [
     "MalformedCall",
     "Tool",
     "ToolCall",
+    "ToolLike",
     "ToolResult",
     "key_order",
     "read_tools",
+    "strings",
     "swapped",
 ]
 
@@ -63,6 +65,10 @@ class Tool:
         if self.parameters is not None:
             function["parameters"] = self.parameters
         return {"type": "function", "function": function}
+
+
+ToolLike = Tool | Mapping[str, Any]
+"""A tool, a declaration of OpenAI's API, or the function object inside of one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +118,7 @@ class MalformedCall:
 
 
 def read_tools(tools: Any) -> tuple[Tool, ...]:
-    """Tools in one form: each is a `Tool`, a declaration of OpenAI's API, or the function object inside of one.
+    """Tools in one form, from a list of `ToolLike`.
 
     Raises PromptError for anything else, and for two of one name.
     """
@@ -203,6 +209,19 @@ def swapped(value: Any, swap: Callable[[str], str]) -> Any:
     if isinstance(value, dict):
         return {swap(key): swapped(value[key], swap) for key in sorted(value, key=key_order)}
     return value
+
+
+def strings(value: Any) -> Iterator[str]:
+    """All strings and keys inside of a JSON value."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list):
+        for item in value:
+            yield from strings(item)
+    elif isinstance(value, dict):
+        yield from value
+        for item in value.values():
+            yield from strings(item)
 
 
 def key_order(key: str) -> tuple[str, str]:

@@ -81,7 +81,7 @@ def one_shot(tokenizer: Tokenizer, ids: list[int], stop: list[str]) -> tuple[str
 PIECES = st.one_of(
     st.sampled_from([*"aabbc", "hello", "o the", "\n\n", " red", "é", "🦝"]),
     st.sampled_from([b"\xe4\xbd", b"\xf0\x9f", b"\xff", b"\x80"]),
-    st.sampled_from(["<|channel>", "<mask>", "<unused3>"]),
+    st.sampled_from(["<|think|>", "<mask>", "<unused3>"]),
 )
 STOPS = st.lists(st.text("abc", min_size=1, max_size=4) | st.sampled_from(["🦝", "lo th", "\ufffd", "\n"]), max_size=3)
 

@@ -116,9 +116,9 @@ def test_a_grammar_cannot_make_text_into_a_control_token(demo):
 
 
 def test_a_lark_grammar_can_ask_for_a_special_token(demo):
-    reply = demo.generate("x", format=Grammar.lark('start: "a" <|channel> "b"'), sampling=GREEDY)
+    reply = demo.generate("x", format=Grammar.lark('start: "a" <|think|> "b"'), sampling=GREEDY)
     assert reply.text == "ab"
-    assert demo._tokenizer.token_to_id("<|channel>") in reply.token_ids
+    assert demo._tokenizer.token_to_id("<|think|>") in reply.token_ids
 
 
 # -- whatever is allowed leads to a text that the grammar accepts ----------------------------------------------------

@@ -277,7 +277,7 @@ def test_case_23_system_text_in_front_of_an_image():
         ([Message("user", None)], "message 0: the content is NoneType"),  # type: ignore[arg-type]
         ([Message("user", [{"type": "text"}])], "message 0, part 0: expected Text or Media, not dict"),  # type: ignore
         ([Message("user", [Text(None)])], "message 0, part 0: expected Text or Media"),  # type: ignore[arg-type]
-        ([Message("tool", "x")], "message 0: unknown role 'tool'"),
+        ([Message("function", "x")], "message 0: unknown role 'function'"),
         ([user("ok \ud800")], "message 0, part 0: not valid Unicode at character 3"),
         ([user("a", image(0))], "message 0, part 1: an image needs at least 1 soft token"),
         ([user("a", Media(kind="audio", soft_tokens=4))], "message 0, part 1: this model has no audio input"),

@@ -55,7 +55,7 @@ def run(engine: Engine, parts, **options):
 
 
 def text_of(engine: Engine, parts) -> str:
-    _, prompt = engine._reader.prompt(engine._reader.read(parts, reading.StageClock()))
+    _, prompt = engine._reader.prompt(engine._reader.read(parts, reading.StageClock()), reading.Layout())
     return prompt.text
 
 
@@ -92,7 +92,7 @@ def test_times_that_a_text_spells_are_text(engine, short):
 def test_a_frame_is_the_picture_that_it_shows(engine, short):
     """Soft tokens of a frame equal those of the same pixels passed as an image of the same budget."""
     turns = engine._reader.read([Video(short), QUESTION], reading.StageClock())
-    asked = engine._see(turns, reading.StageClock(), engine._reuse.off())
+    asked = engine._see(turns, reading.StageClock(), engine._reuse.off(), reading.Layout())
     soft = engine._soft_tokens(asked, reading.StageClock(), engine._reuse.off())
     frames = video_module.open_clip(short, fps=1.0, start=None, end=None, limits=Limits(), name="video 1")
     for index, values in enumerate(soft):
