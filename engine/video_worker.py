@@ -372,7 +372,7 @@ def _picture(images: Any, frame: Any, question: dict[str, Any]) -> bytes:
         (0, 1, 1, 0): turn.TRANSPOSE,
         (0, -1, -1, 0): turn.TRANSVERSE,
     }[_matrix(frame)]
-    image = frame.to_image()
+    image = frame.to_image(threads=1)  # threads are started anew for each frame, and their stacks count as memory
     if turned is not None:
         image = image.transpose(turned)
     resample = {"bicubic": images.Resampling.BICUBIC, "bilinear": images.Resampling.BILINEAR}[question["resample"]]
