@@ -9,15 +9,17 @@ from threading import Lock
 from typing import TYPE_CHECKING
 
 from .decoding import Rules, make_rules
+from .encoding import encoded_image, encoded_sound
 from .errors import InputError, PromptError
 from .grammar import Grammar
 from .parts import PartLike, Turn, Words
 from .prefix_cache import Pin
 from .reading import Layout, ReadTurn
-from .reply import Chunk, EncodedImage, StageClock, whole_reply
+from .reply import Chunk, EncodedImage, EncodedSound, StageClock, whole_reply
 from .reuse import Reuse
 from .sampling import Sampling
 from .seeing import SeenPrompt
+from .sounds import PreparedSound
 from .tools import ToolLike, ToolResult
 
 if TYPE_CHECKING:
@@ -68,8 +70,8 @@ class Chat:
     def history(self) -> tuple[Turn, ...]:
         """The user's and the assistant's turns, in the form that `Engine.generate` takes, without the system text.
 
-        Texts are `Text`, pictures and pages of documents are `EncodedImage`. Results of tools are turns of their own.
-        Thoughts are in it only beside the calls that they led to.
+        Texts are `Text`, pictures and pages `EncodedImage`, sounds `EncodedSound`. Results of tools are turns of their
+        own. Thoughts are in it only beside the calls that they led to.
         """
         return self._turns
 
@@ -140,17 +142,21 @@ class Chat:
             yield chunk
 
     def _settled(self, turn: ReadTurn, asked: SeenPrompt, clock: StageClock, reuse: Reuse) -> Turn:
-        """The turn as it stays in the history: without files, its pictures encoded."""
+        """The turn as it stays in the history: without files, its media encoded."""
         views = dict(zip((span.media_index for span in asked.prompt.spans), asked.views, strict=True))
-        pictures = {id(picture): views[index] for index, picture in enumerate(asked.pictures)}
+        media = {id(medium): views[index] for index, medium in enumerate(asked.media)}
         role, parts = turn
-        settled: list[Words | EncodedImage] = []
+        settled: list[Words | EncodedImage | EncodedSound] = []
         for part in parts:
             if isinstance(part, Words):
                 settled.append(part)
+                continue
+            view = media[id(part)]
+            values = self._engine._encode(view, clock, reuse)
+            if isinstance(part, PreparedSound):
+                settled.append(encoded_sound(self._engine.manifest, part, view, values))
             else:
-                seen = pictures[id(part)]
-                settled.append(part.encoded or self._engine._encoded_image(part, seen, clock, reuse))
+                settled.append(encoded_image(self._engine.manifest, part, view, values))
         return Turn(role, settled)
 
     @contextmanager

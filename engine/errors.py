@@ -6,6 +6,7 @@
     ├── InputError             what the caller passed in cannot be used (message names part, value and limit)
     │   ├── ImageError         an image cannot be read, or is over a limit
     │   ├── DocumentError      a PDF or one of its pages cannot be read, or is over a limit
+    │   ├── AudioError         a sound cannot be read, or is over a limit
     │   ├── PromptError        the conversation cannot be turned into a prompt
     │   ├── SamplingError      a sampling value is out of range
     │   ├── GrammarError       a schema, regular expression or grammar cannot be used, or costs too much
@@ -18,6 +19,7 @@ The command line prints any of them as one line and exits with 1.
 """
 
 __all__ = [
+    "AudioError",
     "BundleError",
     "ContextFull",
     "DeviceError",
@@ -56,6 +58,10 @@ class ImageError(InputError):
 
 class DocumentError(InputError):
     """A PDF or one of its pages cannot be read, or is over a limit."""
+
+
+class AudioError(InputError):
+    """A sound cannot be read, or is over a limit."""
 
 
 class PromptError(InputError):

@@ -12,7 +12,9 @@ __all__ = ["DEFAULT_LIMITS", "Limits", "read_limits"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """Limits on pictures and documents. They are checked before anything is decoded, and errors name value and limit.
+    """Limits on pictures, documents and sounds.
+
+    They are checked before anything is decoded, and errors name value and limit.
 
     Raises InputError for a limit that is not a positive number.
     """
@@ -22,11 +24,14 @@ class Limits:
     max_pages: int = 100  # of one document in one request
     max_page_seconds: float = 10.0  # wall time for opening a document, and for drawing each of its pages
     max_page_memory: int = 512 * 2**20  # bytes of address space of the process that does it, beside the file itself
+    max_audio_length: int = 1800  # seconds of one sound that is split into several clips
+    max_audio_seconds: float = 60.0  # wall time for decoding a sound
+    max_audio_memory: int = 512 * 2**20  # bytes of address space of the process that does it, beside the file itself
 
     def __post_init__(self):
         for field in fields(self):
             value = getattr(self, field.name)
-            whole = field.name != "max_page_seconds"
+            whole = not field.name.endswith("_seconds")
             numbers = (int,) if whole else (int, float)
             # The comparison is this way round so that NaN fails it.
             if isinstance(value, bool) or not isinstance(value, numbers) or not value > 0:
@@ -51,7 +56,7 @@ def read_limits(assignments: Iterable[str]) -> Limits:
             raise InputError(f"there is no limit {name!r}; the limits are {', '.join(kinds)}")
         field = kinds[name]
         try:
-            values[field.name] = float(value) if field.name == "max_page_seconds" else int(value)
+            values[field.name] = float(value) if field.name.endswith("_seconds") else int(value)
         except ValueError:
             raise InputError(f"the limit {name} is {value!r}, it must be a number above 0") from None
     return Limits(**values)  # pyright: ignore[reportArgumentType] - each field has the type of its own

@@ -19,7 +19,7 @@ from .parts import Image, Pdf
 from .pdf import Page, is_pdf, open_pages
 from .sources import file_name, is_data_uri, read_source
 
-__all__ = ["PictureSource", "is_document", "read_media"]
+__all__ = ["PictureSource", "is_document", "part_name", "read_media"]
 
 # A page is drawn this many times larger per side than the model sees it, so that the one resampler of the engine does
 # the last step for pages as it does for photographs.
@@ -58,16 +58,16 @@ def read_media(
     DocumentError, naming the part.
     """
     if isinstance(part, Pdf):
-        name = _name("document", number, part.source)
+        name = part_name("document", number, part.source)
         return _pages(_read(part.source, limits, name, DocumentError), part, limits, name)
-    name = _name("image", number, part.source)
+    name = part_name("image", number, part.source)
     source = part.source
     if isinstance(source, np.ndarray | PIL.Image.Image):
         pixels = load_image(source, limits=limits, name=name)
         return [_image(name, _size(pixels), lambda: pixels)]
     data = _read(source, limits, name, ImageError)
     if is_pdf(data):
-        return _pages(data, Pdf(data, tokens=part.tokens), limits, _name("document", number, part.source))
+        return _pages(data, Pdf(data, tokens=part.tokens), limits, part_name("document", number, part.source))
     decode = functools.cache(lambda: load_image(data, limits=limits, name=name))
     key = file_key(data)
     size = known.get(tuple, key)
@@ -98,7 +98,8 @@ def is_document(source: str | Path) -> bool:
         return str(source).lower().endswith(".pdf")
 
 
-def _name(kind: str, number: int, source: object) -> str:
+def part_name(kind: str, number: int, source: object) -> str:
+    """How error messages call an attached part."""
     file = file_name(source)
     return f"{kind} {number} ({file})" if file else f"{kind} {number}"
 

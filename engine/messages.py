@@ -198,7 +198,7 @@ def merged_turns(
             )
         turn = _turn(index, role, checked_parts(message.parts, facts, pan_and_scan, f"message {index}"))
         if role == "user" and not any(isinstance(part, Media) or part.text.strip() for part in turn.parts):
-            raise PromptError(f"message {index}: a user message needs text or an image")
+            raise PromptError(f"message {index}: a user message needs text or a medium")
         if role == "system":
             if any(turn.role != "system" for turn in turns):
                 raise PromptError(f"message {index}: a system message must come before all others")
@@ -264,10 +264,11 @@ def checked_parts(parts: Any, facts: PromptFacts, pan_and_scan: PanAndScanFacts 
             except UnicodeEncodeError as error:
                 raise PromptError(f"{place}: not valid Unicode at character {error.start}") from None
         elif isinstance(part, Media):
-            if part.kind != "image" or facts.image is None:
+            if part.kind not in facts.placeholders:
                 raise PromptError(f"{place}: this model has no {'vision' if part.kind == 'image' else part.kind} input")
             if part.soft_tokens < 1:
-                raise PromptError(f"{place}: an image needs at least 1 soft token, not {part.soft_tokens}")
+                what = {"image": "an image", "audio": "a sound"}.get(part.kind, part.kind)
+                raise PromptError(f"{place}: {what} needs at least 1 soft token, not {part.soft_tokens}")
             if part.crops and (pan_and_scan is None or min(part.crops) < 1):
                 raise PromptError(
                     f"{place}: this model takes no such crops of an image: {list(part.crops)} soft tokens"

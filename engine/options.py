@@ -43,7 +43,10 @@ BundleArgument = Annotated[str, typer.Argument(help="Folder of a bundle, or a na
 ImageOption = Annotated[
     list[str] | None,
     typer.Option(
-        "-i", "--image", metavar="FILE[@BUDGET]", help="A picture or a PDF, with a token budget of its own if you like."
+        "-i",
+        "--image",
+        metavar="FILE[@BUDGET]",
+        help="A picture, a sound or a PDF; pictures with a token budget of their own if you like.",
     ),
 ]
 PagesOption = Annotated[
@@ -53,7 +56,10 @@ PagesOption = Annotated[
 LimitOption = Annotated[
     list[str] | None,
     typer.Option(
-        "--limit", metavar="NAME=N", help="Let larger files in: bytes, pixels, pages, page_seconds, page_memory."
+        "--limit",
+        metavar="NAME=N",
+        help="Let larger files in: bytes, pixels, pages, page_seconds, page_memory, audio_length, audio_seconds, "
+        "audio_memory.",
     ),
 ]
 PromptOption = Annotated[str, typer.Option("-p", "--prompt", metavar="TEXT", help="The question, after the pictures.")]

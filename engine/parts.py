@@ -11,14 +11,17 @@ from typing import Any
 import numpy as np
 import PIL.Image
 
+from .audio import AudioSource
 from .errors import PromptError
 from .image import ImageSource
 from .prompt import Text, Thought
-from .reply import Candidate, EncodedImage, Reply
+from .reply import Candidate, EncodedImage, EncodedSound, Reply
 from .sources import FileSource
 from .tools import ToolCall, ToolResult
 
 __all__ = [
+    "Audio",
+    "AudioInput",
     "Conversation",
     "Image",
     "ImageInput",
@@ -35,17 +38,18 @@ __all__ = [
 # of formats that are not read are among them: their refusal says more than an answer about the name would.
 _FILE_NAME = re.compile(
     r"[^\n]*\.(a?png|jpe?g|jfif|mpo|webp|gif|bmp|dib|tiff?|p[bgnp]m|ico|cur|icns|avif|heic|heif|jxl|jp2|j2k|jpx|tga|psd"
-    r"|qoi|dds|pcx|sgi|svg|pdf)",
+    r"|qoi|dds|pcx|sgi|svg|pdf|wave?|w64|mp3|mpga|flac|aac|m4[ab]|og[ga]|opus|weba|aif[fc]?|caf|amr|au|pcm|wma|midi?)",
     re.IGNORECASE,
 )
-_FILE_URI = re.compile(r"\s*data:\s*(image/|application/(x-)?pdf)", re.IGNORECASE)
+_FILE_URI = re.compile(r"\s*data:\s*(image/|audio/|application/(x-)?pdf)", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Image:
     """A picture with a token budget of its own. `tokens=None` takes the budget of the request.
 
-    A source whose content turns out to be a PDF is read as `Pdf(source, tokens=tokens)`.
+    A source whose content turns out to be a PDF is read as `Pdf(source, tokens=tokens)`, one that is a sound as
+    `Audio(source)`.
     """
 
     source: ImageSource
@@ -67,10 +71,33 @@ class Pdf:
     tokens: int | None = None
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Audio:
+    """A sound, or the sound of a video.
+
+    Attributes:
+        source: a path, the bytes, a binary file object or a data URI of a file; or samples as a numpy array [n],
+            [n, channels] or [channels, n], floating point in -1..1 or integers.
+        start, end: the part that is heard, in seconds from the first sample; None is the end.
+        split: a sound that is longer than the model hears at once becomes several, one after another, all of about the
+            same length. Otherwise it is refused.
+        sample_rate: samples a second of an array, which must have it; with a file it says that the file is raw PCM, 16
+            bits a sample, low byte first, one channel. Other files say it themselves.
+    """
+
+    source: AudioSource
+    start: float = 0.0
+    end: float | None = None
+    split: bool = False
+    sample_rate: int | None = None
+
+
 ImageInput = Image | ImageSource | EncodedImage
-PartLike = Text | Pdf | ImageInput
-"""A part of a prompt. A plain `str` is text, unless it is a data URI of a picture or a PDF, or one line that ends like
-the name of such a file; wrap text that you did not write yourself in `Text` so that it can never name a file."""
+AudioInput = Audio | EncodedSound
+PartLike = Text | Pdf | ImageInput | AudioInput
+"""A part of a prompt. A plain `str` is text, unless it is a data URI of a picture, a sound or a PDF, or one line that
+ends like the name of such a file; wrap text that you did not write yourself in `Text` so that it can never name a file.
+"""
 
 Conversation = PartLike | Sequence[PartLike] | Sequence["Turn"]
 
@@ -106,7 +133,7 @@ class Turn:
 Words = Text | Thought | ToolCall | ToolResult
 """What of a turn is no medium."""
 
-NormalPart = Words | Image | Pdf | EncodedImage
+NormalPart = Words | Image | Pdf | Audio | EncodedImage | EncodedSound
 
 
 def turns_of(conversation: Conversation, system: str | None) -> list[tuple[str, list[NormalPart]]]:
@@ -130,7 +157,7 @@ def _normal_parts(parts: list[Any]) -> list[NormalPart]:
 
 
 def _normal_part(part: Any, index: int) -> NormalPart:
-    if isinstance(part, (Words, Image, Pdf, EncodedImage)):
+    if isinstance(part, NormalPart):
         return part
     if isinstance(part, str):
         return Image(part) if _FILE_NAME.fullmatch(part) or _FILE_URI.match(part) else Text(part)
@@ -138,4 +165,4 @@ def _normal_part(part: Any, index: int) -> NormalPart:
         part, "read"
     ):
         return Image(part)
-    raise PromptError(f"part {index} is of type {type(part).__name__}, expected text, a picture or a PDF")
+    raise PromptError(f"part {index} is of type {type(part).__name__}, expected text, a picture, a sound or a PDF")

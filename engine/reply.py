@@ -16,7 +16,17 @@ from .logprobs import Logprob
 from .sampling import Effective
 from .tools import MalformedCall, ToolCall
 
-__all__ = ["Candidate", "Chunk", "EncodedImage", "Reply", "StageClock", "Timings", "Usage", "whole_reply"]
+__all__ = [
+    "Candidate",
+    "Chunk",
+    "EncodedImage",
+    "EncodedSound",
+    "Reply",
+    "StageClock",
+    "Timings",
+    "Usage",
+    "whole_reply",
+]
 
 _Arguments = ParamSpec("_Arguments")
 
@@ -42,6 +52,20 @@ class EncodedImage:
         return len(self.soft_tokens)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class EncodedSound:
+    """A clip that has been through the audio graph; see `EncodedImage`. `seconds` is its length."""
+
+    soft_tokens: np.ndarray = field(repr=False)
+    seconds: float
+    bundle: str = field(repr=False)
+    content: bytes = field(default=b"", repr=False)
+
+    def __len__(self) -> int:
+        """Number of soft tokens."""
+        return len(self.soft_tokens)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Usage:
     """Token counts. The stop token that ends a reply is not part of it and not counted.
@@ -49,7 +73,7 @@ class Usage:
     `completion_tokens` are those of all candidates; `forced_tokens` of them were not drawn, because the grammar left no
     choice, and `thought_tokens` of them are thoughts with their markers.
     `by_modality` splits the prompt: "image" counts the soft tokens of pictures, "document" those of pages of documents
-    (absent if there are none), "text" everything else.
+    and "audio" those of sounds (absent if there are none), "text" everything else.
     """
 
     prompt_tokens: int
@@ -64,7 +88,8 @@ class Usage:
 class Timings:
     """Milliseconds of wall time by stage.
 
-    decode_file: reading images to upright RGB; resize: resizing and cutting into patches; vision: the vision graph;
+    decode_file: reading images to upright RGB and sounds to samples; resize: resizing and cutting into patches;
+    vision, audio: the graphs that see and hear;
     prefill: embedding and decoder over the prompt; first_token: from the start of the request to the first token;
     per_token: mean time between tokens after the first, 0 for a reply of one; total: the whole request.
     """
@@ -72,6 +97,7 @@ class Timings:
     decode_file: float
     resize: float
     vision: float
+    audio: float
     prefill: float
     first_token: float
     per_token: float
@@ -228,7 +254,7 @@ class StageClock:
         now = perf_counter()
         first = self.first_token or now
         milliseconds = {
-            name: 1e3 * self.stages.get(name, 0.0) for name in ("decode_file", "resize", "vision", "prefill")
+            name: 1e3 * self.stages.get(name, 0.0) for name in ("decode_file", "resize", "vision", "audio", "prefill")
         }
         return Timings(
             **milliseconds,

@@ -77,7 +77,7 @@ def test_what_has_a_type_of_its_own_is_left_as_it_is(part):
 
 @pytest.mark.parametrize("part", [None, 3, {"type": "text"}, object(), [["nested"]], {"a.png"}])
 def test_anything_else_is_refused_by_type(part):
-    with pytest.raises(PromptError, match=r"part 1 is of type \w+, expected text, a picture or a PDF"):
+    with pytest.raises(PromptError, match=r"part 1 is of type \w+, expected text, a picture, a sound or a PDF"):
         turns_of(["x", part], None)
 
 
