@@ -9,19 +9,21 @@ from .errors import SiglanceError
 from .grammar import Grammar
 from .limits import Limits
 from .logprobs import Logprob
-from .parts import Image, Pdf, Turn, Video
+from .parts import Audio, Image, Pdf, Turn, Video
 from .prompt import Text, Thought
-from .reply import Candidate, Chunk, EncodedImage, EncodedVideo, Reply, Timings, Usage
+from .reply import Candidate, Chunk, EncodedImage, EncodedSound, EncodedVideo, Reply, Timings, Usage
 from .sampling import Sampling
 from .tools import MalformedCall, Tool, ToolCall, ToolResult
 
 __all__ = [
+    "Audio",
     "Box",
     "Bundle",
     "Candidate",
     "Chat",
     "Chunk",
     "EncodedImage",
+    "EncodedSound",
     "EncodedVideo",
     "Engine",
     "Grammar",

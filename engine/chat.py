@@ -9,15 +9,17 @@ from threading import Lock
 from typing import TYPE_CHECKING
 
 from .decoding import Rules, make_rules
+from .encoding import encoded_picture, encoded_sound
 from .errors import InputError, PromptError
 from .grammar import Grammar
 from .parts import PartLike, Turn, Words
 from .prefix_cache import Pin
 from .reading import Layout, ReadTurn
-from .reply import Chunk, EncodedImage, EncodedVideo, StageClock, whole_reply
+from .reply import Chunk, EncodedImage, EncodedSound, EncodedVideo, StageClock, whole_reply
 from .reuse import Reuse
 from .sampling import Sampling
 from .seeing import SeenPrompt, SeenView
+from .sounds import PreparedSound
 from .tools import ToolLike, ToolResult
 
 if TYPE_CHECKING:
@@ -68,7 +70,7 @@ class Chat:
     def history(self) -> tuple[Turn, ...]:
         """The user's and the assistant's turns, in the form that `Engine.generate` takes, without the system text.
 
-        Texts are `Text`, pictures and pages `EncodedImage`, videos `EncodedVideo`. Results of tools are turns of their
+        Texts are `Text`, media `EncodedImage`, `EncodedVideo` and `EncodedSound`. Results of tools are turns of their
         own. Thoughts are in it only beside the calls that they led to.
         """
         return self._turns
@@ -140,19 +142,23 @@ class Chat:
             yield chunk
 
     def _settled(self, turn: ReadTurn, asked: SeenPrompt, clock: StageClock, reuse: Reuse) -> Turn:
-        """The turn as it stays in the history: without files, its pictures encoded."""
-        views: list[list[SeenView]] = [[] for _ in asked.pictures]
+        """The turn as it stays in the history: without files, its media encoded."""
+        views: list[list[SeenView]] = [[] for _ in asked.media]
         for span, view in zip(asked.prompt.spans, asked.views, strict=True):
             views[span.media_index].append(view)
-        pictures = {id(picture): seen for picture, seen in zip(asked.pictures, views, strict=True)}
+        media = {id(medium): seen for medium, seen in zip(asked.media, views, strict=True)}
         role, parts = turn
-        settled: list[Words | EncodedImage | EncodedVideo] = []
+        settled: list[Words | EncodedImage | EncodedVideo | EncodedSound] = []
         for part in parts:
             if isinstance(part, Words):
                 settled.append(part)
+                continue
+            seen = media[id(part)]
+            values = [self._engine._encode(view, clock, reuse) for view in seen]
+            if isinstance(part, PreparedSound):
+                settled.append(encoded_sound(self._engine.manifest, part, seen[0], values[0]))
             else:
-                seen = pictures[id(part)]
-                settled.append(part.encoded or self._engine._encoded(part, seen, clock, reuse))
+                settled.append(encoded_picture(self._engine.manifest, part, seen, values))
         return Turn(role, settled)
 
     @contextmanager

@@ -280,7 +280,7 @@ def make_reply(
             completion_tokens=sum(len(candidate.token_ids) for candidate in candidates),
             forced_tokens=sum(candidate.forced_tokens for candidate in candidates),
             thought_tokens=sum(candidate.thought_tokens for candidate in candidates),
-            by_modality=count_by_modality(asked.prompt, asked.pictures),
+            by_modality=count_by_modality(asked.prompt, asked.media),
             cached_tokens=cached,
         ),
         timings=clock.timings(),

@@ -10,6 +10,7 @@ import os
 from collections.abc import Collection, Generator, Sequence
 from functools import partial
 from threading import Lock
+from typing import overload
 
 import numpy as np
 
@@ -17,19 +18,20 @@ from .boxes import TEXT_TOKENS, parse_boxes
 from .bundle import Bundle
 from .chat import Chat
 from .decoding import Decoding, Rules, check_positive, make_reply, make_rules
+from .encoding import encode_view, encoded_image, encoded_sound, sole_medium
 from .errors import InputError
 from .grammar import Constraints, Grammar
 from .limits import DEFAULT_LIMITS, Limits
-from .parts import Conversation, ImageInput, Words, turns_of
-from .pictures import PreparedPicture
-from .reading import Layout, Reader, ReadTurn, count_by_modality, text_ids, tower_identity
-from .reply import Candidate, Chunk, EncodedImage, EncodedVideo, StageClock, whole_reply
+from .parts import AudioInput, Conversation, ImageInput, Words, turns_of
+from .reading import Layout, Reader, ReadTurn, count_by_modality, text_ids
+from .reply import Candidate, Chunk, EncodedImage, EncodedSound, StageClock, whole_reply
 from .rests import Course, find_rests
 from .reuse import CACHE_BYTES, FEATURE_CACHE_BYTES, FEATURE_FOLDER_BYTES, Reuse
 from .runtime import PREFILL_CHUNK, Runtime, Session, SoftTokens
 from .sampling import Sampling
-from .seeing import SeenPrompt, SeenView, see, see_all
+from .seeing import SeenPrompt, SeenView, hear, see, see_all
 from .self_test import VerifyReport, replay
+from .sounds import PreparedSound
 from .text import load_tokenizer, special_ids
 from .thinking import Markers, control_tokens
 from .tools import ToolLike
@@ -171,8 +173,8 @@ class Engine:
         Nothing runs before the first `next()`. Closing the generator cancels the work.
 
         Args:
-            conversation: a part, a list of parts (one user turn) or a list of `Turn`. A part is text, a picture,
-                a PDF or a video; see `PartLike` for how a plain `str` is told apart.
+            conversation: a part, a list of parts (one user turn) or a list of `Turn`. A part is text, a picture, a
+                sound, a PDF or a video; see `PartLike` for how a plain `str` is told apart.
             system: text of a system turn in front.
             image_tokens: token budget of every picture that has none of its own; None is the bundle's default. Frames
                 of videos have another one, see `Video`.
@@ -192,8 +194,8 @@ class Engine:
                 `max_tokens`. Bundles whose model or chat template does not know tools or thinking refuse them.
             raw: complete the text as it stands, without the chat template. Bundles of base models are always raw.
                 There are no roles then: one user turn, and no system text.
-            prompt_ids: the whole prompt as token ids; the conversation then holds pictures only, in the order of the
-                runs of soft tokens.
+            prompt_ids: the whole prompt as token ids; the conversation then holds media only, in the order of the runs
+                of soft tokens.
             pan_and_scan: show long pictures in crops too, each with as many tokens as the whole picture. Only bundles
                 whose manifest has facts for it can do that (Gemma 3).
             prefill_chunk: tokens of the prompt that run at once, more where tokens that see each other would be parted.
@@ -202,8 +204,9 @@ class Engine:
 
         Raises:
             InputError: a part, budget, sampling value, limit or format cannot be used (ImageError, DocumentError,
-                PromptError, SamplingError, GrammarError), or the prompt does not fit (ContextFull). Nothing has run
-                then; only damage inside a page shows when the page is drawn, and a grammar may become too expensive.
+                AudioError, PromptError, SamplingError, GrammarError), or the prompt does not fit (ContextFull).
+                Nothing has run then; only damage inside a page shows when the page is drawn, and a grammar may become
+                too expensive.
             ModelOutputError: the model gave something that cannot be decoded.
         """
         clock = StageClock()
@@ -256,19 +259,25 @@ class Engine:
             cache=cache,
         )
 
-    def encode(self, image: ImageInput, *, image_tokens: int | None = None) -> EncodedImage:
-        """Run the vision tower once, to ask many questions about one picture: the whole of it, never crops."""
-        [(_, [part])] = turns_of([image], None)
+    @overload
+    def encode(self, source: ImageInput, *, image_tokens: int | None = None) -> EncodedImage: ...
+    @overload
+    def encode(self, source: AudioInput) -> EncodedSound: ...
+
+    def encode(
+        self, source: ImageInput | AudioInput, *, image_tokens: int | None = None
+    ) -> EncodedImage | EncodedSound:
+        """Run the tower once, to ask many questions about one picture (the whole of it, never crops) or `Audio`."""
+        [(_, [part])] = turns_of([source], None)
         if isinstance(part, Words):
-            raise InputError("encode takes a picture, not text")
-        clock = StageClock()
-        pictures = self._reader.read_media(part, clock, image_tokens, known=self._reuse.files)
-        if any(picture.medium.kind != "image" for picture in pictures):
-            raise InputError(f"encode takes one picture, not a {pictures[0].modality}")
-        if len(pictures) > 1:
-            raise InputError(f"encode takes one picture, not a document of {len(pictures)} pages: choose one with Pdf")
-        view = see(pictures[0], 0, self.manifest.image, clock, self._reuse.files)
-        return self._encoded_image(pictures[0], view, clock, self._reuse)
+            raise InputError("encode takes a picture or a sound, not text")
+        clock, files, manifest = StageClock(), self._reuse.files, self.manifest
+        medium = sole_medium(part, self._reader.read_media(part, clock, image_tokens, known=files))
+        if isinstance(medium, PreparedSound):
+            view = hear(medium, clock, files)
+            return encoded_sound(manifest, medium, view, self._encode(view, clock, self._reuse))
+        view = see(medium, 0, manifest.image, clock, files)
+        return encoded_image(manifest, medium, view, self._encode(view, clock, self._reuse))
 
     def count_tokens(
         self,
@@ -284,8 +293,8 @@ class Engine:
         """Prompt tokens by modality and in "total", without running a graph."""
         files = self._reuse.files
         turns = self._reader.read(conversation, StageClock(), system, image_tokens, pan_and_scan, files)
-        pictures, prompt = self._reader.prompt(turns, Layout(raw=raw, tools=tools, thinking=thinking))
-        return {"total": len(prompt.ids), **count_by_modality(prompt, pictures)}
+        media, prompt = self._reader.prompt(turns, Layout(raw=raw, tools=tools, thinking=thinking))
+        return {"total": len(prompt.ids), **count_by_modality(prompt, media)}
 
     def prompt_logits(
         self,
@@ -317,8 +326,8 @@ class Engine:
 
     def _see(self, turns: Sequence[ReadTurn], clock: StageClock, reuse: Reuse, layout: Layout) -> SeenPrompt:
         """Lay out the prompt, then look at its pictures: nothing is drawn or resized for a prompt that is refused."""
-        pictures, prompt = self._reader.prompt(turns, layout)
-        return see_all(prompt, pictures, self.manifest.image, clock, reuse.files)
+        media, prompt = self._reader.prompt(turns, layout)
+        return see_all(prompt, media, self.manifest.image, clock, reuse.files)
 
     def _answer(
         self, asked: SeenPrompt, rules: Rules, clock: StageClock, reuse: Reuse, prefill_chunk: int = PREFILL_CHUNK
@@ -365,36 +374,16 @@ class Engine:
         yield dataclasses.replace(last, reply=whole)
 
     def _encode(self, view: SeenView, clock: StageClock, reuse: Reuse) -> np.ndarray:
-        """Soft tokens of a view, float32 [length, D]."""
-        if view.soft_tokens is not None:
-            return view.soft_tokens
-        assert view.look is not None
-        with clock.stage("vision"):
-            known = reuse.features.get(view.content, (view.length, self.runtime.hidden))
-        if known is not None:
-            return view.resolve(known)
-        patches = view.look()
-        with clock.stage("vision"):
-            with self._turn:
-                values = self.runtime.encode(patches.values, patches.positions, view.length)
-            reuse.features.put(view.content, values)
-        return view.resolve(values)
-
-    def _encoded_image(self, picture: PreparedPicture, view: SeenView, clock: StageClock, reuse: Reuse) -> EncodedImage:
-        values = self._encode(view, clock, reuse)
-        return EncodedImage(values, picture.size, tower_identity(self.manifest), picture.modality, view.content)
-
-    def _encoded(
-        self, picture: PreparedPicture, views: Sequence[SeenView], clock: StageClock, reuse: Reuse
-    ) -> EncodedImage | EncodedVideo:
-        encoded = tuple(self._encoded_image(picture, view, clock, reuse) for view in views)
-        return EncodedVideo(encoded, picture.times) if picture.times else encoded[0]
+        """Soft tokens of a view or clip, float32 [length, D]."""
+        return encode_view(self.runtime, self._turn, view, clock, reuse)
 
     def _soft_tokens(self, asked: SeenPrompt, clock: StageClock, reuse: Reuse, first: int = 0) -> list[SoftTokens]:
         """The soft tokens of the prompt that row `first` or later ones belong to."""
         spans = zip(asked.prompt.spans, asked.views, strict=True)
-        wanted = [(span.start, view) for span, view in spans if span.start + span.length > first]
-        return [SoftTokens(start, self._encode(view, clock, reuse)) for start, view in wanted]
+        wanted = [(span, view) for span, view in spans if span.start + span.length > first]
+        return [
+            SoftTokens(span.start, self._encode(view, clock, reuse), seen=span.kind != "audio") for span, view in wanted
+        ]
 
     def _prefill(
         self, session: Session, asked: SeenPrompt, course: Course, clock: StageClock, reuse: Reuse, chunk: int

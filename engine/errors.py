@@ -7,6 +7,7 @@
     │   ├── ImageError         an image cannot be read, or is over a limit
     │   ├── DocumentError      a PDF or one of its pages cannot be read, or is over a limit
     │   ├── VideoError         a video or one of its frames cannot be read, or is over a limit
+    │   ├── AudioError         a sound cannot be read, or is over a limit
     │   ├── PromptError        the conversation cannot be turned into a prompt
     │   ├── SamplingError      a sampling value is out of range
     │   ├── GrammarError       a schema, regular expression or grammar cannot be used, or costs too much
@@ -19,6 +20,7 @@ The command line prints any of them as one line and exits with 1.
 """
 
 __all__ = [
+    "AudioError",
     "BundleError",
     "ContextFull",
     "DeviceError",
@@ -62,6 +64,10 @@ class DocumentError(InputError):
 
 class VideoError(InputError):
     """A video or one of its frames cannot be read, or is over a limit."""
+
+
+class AudioError(InputError):
+    """A sound cannot be read, or is over a limit."""
 
 
 class PromptError(InputError):

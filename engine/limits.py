@@ -12,7 +12,7 @@ __all__ = ["DEFAULT_LIMITS", "Limits", "read_limits"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """Limits on pictures, documents and videos.
+    """Limits on pictures, documents, videos and sounds.
 
     They are checked before anything is decoded, and errors name value and limit.
 
@@ -24,13 +24,15 @@ class Limits:
     max_pages: int = 100  # of one document in one request
     max_page_seconds: float = 10.0  # wall time for opening a document, and for drawing each of its pages
     max_page_memory: int = 512 * 2**20  # bytes of address space of the process that does it, beside the file itself
-    max_video_bytes: int = (
-        2**30
-    )  # of one encoded video: phones write 100 to 400 MB a minute; files are not held in memory
+    # Of one encoded video: phones write 100 to 400 MB a minute. Files are not held in memory.
+    max_video_bytes: int = 2**30
     # Of one video: what the models were made for is a minute at one frame a second. Longer clips are thinned evenly.
     max_frames: int = 60
     max_video_seconds: float = 60.0  # wall time for a look through a video, and for decoding up to 64 MB of its frames
     max_video_memory: int = 2**30  # bytes of address space of the process that does it, beside a video given as bytes
+    max_audio_length: int = 1800  # seconds of one sound that is split into several clips
+    max_audio_seconds: float = 60.0  # wall time for decoding a sound
+    max_audio_memory: int = 512 * 2**20  # bytes of address space of the process that does it, beside the file itself
 
     def __post_init__(self):
         for field in fields(self):

@@ -20,7 +20,7 @@ from .pdf import Page, is_pdf, open_pages
 from .sources import file_name, is_data_uri, read_source
 from .video import Clip, is_video, open_clip
 
-__all__ = ["PictureSource", "is_document", "is_moving", "read_media", "read_video"]
+__all__ = ["PictureSource", "is_document", "is_moving", "part_name", "read_media", "read_video"]
 
 # A page is drawn this many times larger per side than the model sees it, so that the one resampler of the engine does
 # the last step for pages as it does for photographs.
@@ -66,16 +66,16 @@ def read_media(
     DocumentError, naming the part.
     """
     if isinstance(part, Pdf):
-        name = _name("document", number, part.source)
+        name = part_name("document", number, part.source)
         return _pages(_read(part.source, limits, name, DocumentError), part, limits, name)
-    name = _name("image", number, part.source)
+    name = part_name("image", number, part.source)
     source = part.source
     if isinstance(source, np.ndarray | PIL.Image.Image):
         pixels = load_image(source, limits=limits, name=name)
         return [_image(name, _size(pixels), lambda: pixels)]
     data = _read(source, limits, name, ImageError)
     if is_pdf(data):
-        return _pages(data, Pdf(data, tokens=part.tokens), limits, _name("document", number, part.source))
+        return _pages(data, Pdf(data, tokens=part.tokens), limits, part_name("document", number, part.source))
     decode = functools.cache(lambda: load_image(data, limits=limits, name=name))
     key = file_key(data)
     size = known.get(tuple, key)
@@ -97,7 +97,7 @@ def _size(pixels: npt.NDArray[np.uint8]) -> tuple[int, int]:
 
 def read_video(part: Video, number: int, limits: Limits, fps: float) -> PictureSource:
     """A video with its frames chosen, `fps` of them a second if the part does not say. Raises VideoError."""
-    name = _name("video", number, part.source)
+    name = part_name("video", number, part.source)
     rate = fps if part.fps is None else part.fps
     clip = open_clip(part.source, fps=rate, start=part.start, end=part.end, limits=limits, name=name)
     size = clip.height, clip.width
@@ -139,7 +139,8 @@ def is_document(source: str | Path) -> bool:
         return str(source).lower().endswith(".pdf")
 
 
-def _name(kind: str, number: int, source: object) -> str:
+def part_name(kind: str, number: int, source: object) -> str:
+    """How error messages call an attached part."""
     file = file_name(source)
     return f"{kind} {number} ({file})" if file else f"{kind} {number}"
 

@@ -200,7 +200,7 @@ def merged_turns(
             )
         turn = _turn(index, role, checked_parts(message.parts, facts, pan_and_scan, f"message {index}"))
         if role == "user" and not any(isinstance(part, Media) or part.text.strip() for part in turn.parts):
-            raise PromptError(f"message {index}: a user message needs text or an image")
+            raise PromptError(f"message {index}: a user message needs text or a medium")
         if role == "system":
             if any(turn.role != "system" for turn in turns):
                 raise PromptError(f"message {index}: a system message must come before all others")
@@ -271,7 +271,8 @@ def checked_parts(parts: Any, facts: PromptFacts, pan_and_scan: PanAndScanFacts 
             if (part.kind == "video") != bool(part.frames) or any(length < 1 for _, length in part.frames):
                 raise PromptError(f"{place}: a video needs frames of at least 1 soft token, and nothing else has any")
             if part.soft_tokens < 1:
-                raise PromptError(f"{place}: an image needs at least 1 soft token, not {part.soft_tokens}")
+                what = {"image": "an image", "audio": "a sound"}.get(part.kind, part.kind)
+                raise PromptError(f"{place}: {what} needs at least 1 soft token, not {part.soft_tokens}")
             if part.crops and (pan_and_scan is None or min(part.crops) < 1):
                 raise PromptError(
                     f"{place}: this model takes no such crops of an image: {list(part.crops)} soft tokens"

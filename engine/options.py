@@ -49,7 +49,7 @@ ImageOption = Annotated[
         "-i",
         "--image",
         metavar="FILE[@BUDGET]",
-        help="A picture, PDF or video, with a token budget (of a frame) of its own if you like.",
+        help="A picture, video, sound or PDF; with a token budget (of a picture or frame) of its own if you like.",
     ),
 ]
 PagesOption = Annotated[
@@ -67,8 +67,8 @@ LimitOption = Annotated[
     typer.Option(
         "--limit",
         metavar="NAME=N",
-        help="Let larger files in: bytes, pixels, pages, page_seconds, "
-        "page_memory, video_bytes, frames, video_seconds, video_memory.",
+        help="Let larger files in: bytes, pixels, pages, page_seconds, page_memory, video_bytes, frames, "
+        "video_seconds, video_memory, audio_length, audio_seconds, audio_memory.",
     ),
 ]
 PromptOption = Annotated[str, typer.Option("-p", "--prompt", metavar="TEXT", help="The question, after the pictures.")]

@@ -104,13 +104,17 @@ def logprob_lines(reply: Reply) -> Iterator[str]:
 def reply_summary(reply: Reply) -> str:
     """One line: tokens, stages, speed."""
     timings, usage = reply.timings, reply.usage
-    pictures = usage.prompt_tokens - usage.by_modality["text"]
+    sounds = usage.by_modality.get("audio", 0)
+    pictures = usage.prompt_tokens - usage.by_modality["text"] - sounds
+    media = f"{pictures} of pictures" + (f", {sounds} of sounds" if sounds else "")
+    heard = f"audio {timings.audio:.0f}, " if sounds else ""
     speed = f"{1e3 / timings.per_token:.0f} tokens/s" if timings.per_token else "one token"
     return (
-        f"{usage.prompt_tokens} prompt tokens ({pictures} of pictures), {usage.completion_tokens} "
+        f"{usage.prompt_tokens} prompt tokens ({media}), {usage.completion_tokens} "
         f"in the reply, ended by {reply.finish_reason} | read {timings.decode_file:.0f} ms, "
         f"resize {timings.resize:.0f}, "
-        f"vision {timings.vision:.0f}, prefill {timings.prefill:.0f}, first token after {timings.first_token:.0f} ms, "
+        f"vision {timings.vision:.0f}, {heard}prefill {timings.prefill:.0f}, "
+        f"first token after {timings.first_token:.0f} ms, "
         f"{speed}, {reply.device}"
     )
 

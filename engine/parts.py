@@ -11,14 +11,17 @@ from typing import Any
 import numpy as np
 import PIL.Image
 
+from .audio import AudioSource
 from .errors import PromptError
 from .image import ImageSource
 from .prompt import Text, Thought
-from .reply import Candidate, EncodedImage, EncodedVideo, Reply
+from .reply import Candidate, EncodedImage, EncodedSound, EncodedVideo, Reply
 from .sources import FileSource
 from .tools import ToolCall, ToolResult
 
 __all__ = [
+    "Audio",
+    "AudioInput",
     "Conversation",
     "Image",
     "ImageInput",
@@ -36,14 +39,14 @@ __all__ = [
 # of formats that are not read are among them: their refusal says more than an answer about the name would.
 _FILE_NAME = re.compile(
     r"[^\n]*\.(a?png|jpe?g|jfif|mpo|webp|gif|bmp|dib|tiff?|p[bgnp]m|ico|cur|icns|avif|heic|heif|jxl|jp2|j2k|jpx|tga|psd"
-    r"|qoi|dds|pcx|sgi|svg|pdf)",
+    r"|qoi|dds|pcx|sgi|svg|pdf|wave?|w64|mp3|mpga|flac|aac|m4[ab]|og[ga]|opus|weba|aif[fc]?|caf|amr|au|pcm|wma|midi?)",
     re.IGNORECASE,
 )
 _VIDEO_NAME = re.compile(
     r"[^\n]*\.(mp4|m4v|mov|qt|mpe?g|mpe|m[12]v|vob|m?ts|m2ts|avi|divx|wmv|asf|flv|f4v|webm|mkv|3gpp?|3g2|ogv)",
     re.IGNORECASE,
 )
-_FILE_URI = re.compile(r"\s*data:\s*(image/|video/|application/(x-)?pdf)", re.IGNORECASE)
+_FILE_URI = re.compile(r"\s*data:\s*(image/|video/|audio/|application/(x-)?pdf)", re.IGNORECASE)
 _VIDEO_URI = re.compile(r"\s*data:\s*video/", re.IGNORECASE)
 
 
@@ -51,8 +54,8 @@ _VIDEO_URI = re.compile(r"\s*data:\s*video/", re.IGNORECASE)
 class Image:
     """A picture with a token budget of its own. `tokens=None` takes the budget of the request.
 
-    A source whose content turns out to be a PDF is read as `Pdf(source, tokens=tokens)`, and a video as
-    `Video(source, tokens=tokens)`.
+    A source whose content turns out to be a PDF is read as `Pdf(source, tokens=tokens)`, a video as
+    `Video(source, tokens=tokens)`, and one that is a sound as `Audio(source)`.
     """
 
     source: ImageSource
@@ -96,10 +99,33 @@ class Video:
     tokens: int | None = None
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Audio:
+    """A sound, or the sound of a video.
+
+    Attributes:
+        source: a path, the bytes, a binary file object or a data URI of a file; or samples as a numpy array [n],
+            [n, channels] or [channels, n], floating point in -1..1 or integers.
+        start, end: the part that is heard, in seconds from the first sample; None is the end.
+        split: a sound that is longer than the model hears at once becomes several, one after another, all of about the
+            same length. Otherwise it is refused.
+        sample_rate: samples a second of an array, which must have it; with a file it says that the file is raw PCM, 16
+            bits a sample, low byte first, one channel. Other files say it themselves.
+    """
+
+    source: AudioSource
+    start: float = 0.0
+    end: float | None = None
+    split: bool = False
+    sample_rate: int | None = None
+
+
 ImageInput = Image | ImageSource | EncodedImage
-PartLike = Text | Pdf | Video | ImageInput | EncodedVideo
-"""A part of a prompt. A plain `str` is text, unless it is a data URI of a picture, PDF or video, or one line that ends
-like the name of such a file; wrap text that you did not write yourself in `Text` so that it can never name a file."""
+AudioInput = Audio | EncodedSound
+PartLike = Text | Pdf | Video | EncodedVideo | ImageInput | AudioInput
+"""A part of a prompt. A plain `str` is text, unless it is a data URI of a picture, a sound, a PDF or a video, or one
+line that ends like the name of such a file; wrap text that you did not write yourself in `Text` so that it can never
+name a file."""
 
 Conversation = PartLike | Sequence[PartLike] | Sequence["Turn"]
 
@@ -135,7 +161,7 @@ class Turn:
 Words = Text | Thought | ToolCall | ToolResult
 """What of a turn is no medium."""
 
-NormalPart = Words | Image | Pdf | Video | EncodedImage | EncodedVideo
+NormalPart = Words | Image | Pdf | Video | Audio | EncodedImage | EncodedVideo | EncodedSound
 
 
 def turns_of(conversation: Conversation, system: str | None) -> list[tuple[str, list[NormalPart]]]:
@@ -159,7 +185,7 @@ def _normal_parts(parts: list[Any]) -> list[NormalPart]:
 
 
 def _normal_part(part: Any, index: int) -> NormalPart:
-    if isinstance(part, (Words, Image, Pdf, Video, EncodedImage, EncodedVideo)):
+    if isinstance(part, NormalPart):
         return part
     if isinstance(part, str):
         if _VIDEO_NAME.fullmatch(part) or _VIDEO_URI.match(part):
@@ -169,4 +195,6 @@ def _normal_part(part: Any, index: int) -> NormalPart:
         part, "read"
     ):
         return Image(part)
-    raise PromptError(f"part {index} is of type {type(part).__name__}, expected text, a picture, a PDF or a video")
+    raise PromptError(
+        f"part {index} is of type {type(part).__name__}, expected text, a picture, a sound, a PDF or a video"
+    )

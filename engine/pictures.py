@@ -16,6 +16,7 @@ from .manifest import ImageFacts
 from .media import PictureSource
 from .prompt import Media, Prompt, Span
 from .reply import EncodedImage, EncodedVideo
+from .sounds import PreparedSound
 from .video import clock
 
 __all__ = ["PreparedPicture", "View", "assign_spans", "lay_out"]
@@ -131,26 +132,31 @@ def lay_out(
     return PreparedPicture(source, tuple(views) * source.frames, resample=facts.resample)
 
 
-def assign_spans(prompt: Prompt, pictures: Sequence[PreparedPicture]) -> Prompt:
-    """A prompt given as ids, with its runs of soft tokens dealt out to the views of the pictures in order.
+def assign_spans(prompt: Prompt, media: Sequence[PreparedPicture | PreparedSound]) -> Prompt:
+    """A prompt given as ids, with its runs of soft tokens dealt out to the views of the media in order.
 
-    Pictures without a token between them are one run. Raises PromptError if the runs do not fit the pictures.
+    Media of one kind without a token between them are one run. Raises PromptError if the runs do not fit the media.
     """
     wanted = [
-        (index, view, length)
-        for index, picture in enumerate(pictures)
-        for view, length in enumerate(picture.soft_tokens)
+        (index, view, length, prepared.medium.kind)
+        for index, prepared in enumerate(media)
+        for view, length in enumerate(prepared.soft_tokens)
     ]
     spans: list[Span] = []
     fits = True
     for run in prompt.spans:
         start, end = run.start, run.start + run.length
         while start < end and len(spans) < len(wanted):
-            index, view, length = wanted[len(spans)]
-            spans.append(Span(start, length, index, view))
+            index, view, length, kind = wanted[len(spans)]
+            spans.append(Span(start, length, index, view, kind))
             start += length
+            fits = fits and kind == run.kind
         fits = fits and start == end
     if not fits or len(spans) != len(wanted):
-        found, expected = [run.length for run in prompt.spans], [length for _, _, length in wanted]
-        raise PromptError(f"the prompt ids have runs of {found} soft tokens, the pictures give {expected}")
+        found, expected = [run.length for run in prompt.spans], [length for _, _, length, _ in wanted]
+        what = "pictures"
+        if any(kind != "image" for kind in (*(run.kind for run in prompt.spans), *(kind for *_, kind in wanted))):
+            found, expected = [f"{run.length} {run.kind}" for run in prompt.spans], [f"{n} {k}" for *_, n, k in wanted]
+            what = "media"
+        raise PromptError(f"the prompt ids have runs of {found} soft tokens, the {what} give {expected}")
     return Prompt(prompt.ids, tuple(spans), prompt.text)

@@ -9,7 +9,7 @@ Three rules, each a law in tests/test_prompt.py:
    would come together: inside a part, across parts, or between text and template.
 2. *Soft tokens come from attached media only.* The template writes one placeholder item per medium; it is expanded in
    the string, so that the newlines of an expansion merge with their neighbours into one token as they do in
-   transformers' processors. The number of items is checked before anything runs.
+   transformers' processors. Number, kinds and order of the items are checked before anything runs.
 3. *Exactly one beginning-of-sequence token*, whether the template writes none, one or several: at index 0, or behind
    the media in the layout "media_first".
 
@@ -57,13 +57,15 @@ _PRIVATE_USE = ((0xE000, 0xF8FF), (0xF0000, 0xFFFFD), (0x100000, 0x10FFFD))
 class Span:
     """The rows `start : start + length` of a prompt that belong to the soft tokens of medium `media_index`.
 
-    `view` 0 is the whole image, the others are its crops in order; of a video they are its frames.
+    `view` 0 is the whole medium, the others are the crops of an image in order; of a video they are its frames. `kind`
+    is that of the medium.
     """
 
     start: int
     length: int
     media_index: int
     view: int = 0
+    kind: str = "image"
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,17 +102,14 @@ class PromptBuilder:
         self._control = {
             token.content: id for id, token in tokenizer.get_added_tokens_decoder().items() if token.special
         }
-        self._places = facts.placeholders
-        for name in [facts.begin, *(place.soft for place in self._places.values())]:
+        for name in (facts.begin, *(place.soft for place in facts.placeholders.values())):
             if name not in self._control:
                 raise BundleError(f"the manifest names {name!r}, which is not a special token of the tokenizer")
         tokenizer.encode_special_tokens = True
-        items = {kind: place.item for kind, place in self._places.items()}
-        if len({*items.values()}) < len(items):
-            raise BundleError(f"the manifest writes two kinds of media with one placeholder: {items}")
-        self._kinds = {item: kind for kind, item in items.items()}
-        spellings = [*self._control, *self._kinds]
-        self._first_characters = sorted({spelling[0] for spelling in spellings})
+        kinds = {place.item: kind for kind, place in facts.placeholders.items()}
+        self._items = re.compile("|".join(f"({re.escape(item)})" for item in kinds)) if kinds else None
+        self._kinds = [*kinds.values()]
+        self._first_characters = sorted({spelling[0] for spelling in (*self._control, *kinds)})
         self._candidates = re.compile("[" + re.escape("".join(self._first_characters)) + "]")
         self._lengths = sorted({len(spelling) for spelling in self._control}, reverse=True)
 
@@ -139,18 +138,7 @@ class PromptBuilder:
         rendered = self._render(turns, guard, variables)
         # The beginning-of-sequence token is the template's own here: spelled in a text it is swapped.
         rendered = rendered.replace(self._facts.begin, "")
-        if not self._kinds:
-            return self._assemble([self._facts.begin, rendered], guard)
-        written = sorted(self._kinds, key=len, reverse=True)
-        pieces = re.split("(" + "|".join(map(re.escape, written)) + ")", rendered)
-        found, attached = [self._kinds[item] for item in pieces[1::2]], [medium.kind for medium in media]
-        if len(found) != len(attached):
-            kinds = "images" if set(attached) <= {"image"} else "media"
-            raise PromptError(f"the chat template wrote {len(found)} placeholders for {len(attached)} attached {kinds}")
-        if found != attached:
-            raise PromptError(f"the chat template wrote placeholders for {found}, attached are {attached}")
-        between = [item for medium, piece in zip(media, pieces[2::2], strict=True) for item in (medium, piece)]
-        return self._assemble([self._facts.begin, pieces[0], *between], guard)
+        return self._assemble([self._facts.begin, *self._place_media(rendered, media)], guard)
 
     def raw(self, parts: str | Sequence[Part]) -> Prompt:
         """The prompt that is completed as it stands: one beginning-of-sequence token, then the parts.
@@ -196,11 +184,11 @@ class PromptBuilder:
                 size = self._tokenizer.get_vocab_size()
                 raise PromptError(f"prompt id {index} is {id}, which is not in the vocabulary of {size} tokens")
         array = np.array(listed, dtype=np.int64)
-        runs: list[tuple[int, int]] = []
-        for soft in {self._control[place.soft] for place in self._places.values()}:
-            edges = np.flatnonzero(np.diff(array == soft, prepend=False, append=False))
-            runs += zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True)
-        spans = [Span(start, end - start, index) for index, (start, end) in enumerate(sorted(runs))]
+        runs = []
+        for kind, place in self._facts.placeholders.items():
+            edges = np.flatnonzero(np.diff(array == self._control[place.soft], prepend=False, append=False))
+            runs += [(start, end, kind) for start, end in zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True)]
+        spans = [Span(start, end - start, index, kind=kind) for index, (start, end, kind) in enumerate(sorted(runs))]
         return Prompt(array, tuple(spans), self._tokenizer.decode(listed, skip_special_tokens=False))
 
     # -- templates -----------------------------------------------------------------------------------------------
@@ -239,6 +227,24 @@ class PromptBuilder:
             # The first message at which the template refuses: a longer history does not make it accept.
             length = bisect.bisect_left(range(1, len(turns)), True, key=refuses)
             raise PromptError(f"message {turns[length].index}: {guard.restore(str(error))}") from None
+
+    def _place_media(self, rendered: str, media: Sequence[Media]) -> list[str | Media]:
+        """The rendered conversation with the media in place of their items. Raises PromptError if they do not match."""
+        found: list[tuple[int, int, str]] = []
+        for match in self._items.finditer(rendered) if self._items is not None else ():
+            assert match.lastindex is not None
+            found.append((*match.span(), self._kinds[match.lastindex - 1]))
+        if len(found) != len(media):
+            what = "images" if all(medium.kind == "image" for medium in media) else "media"
+            raise PromptError(f"the chat template wrote {len(found)} placeholders for {len(media)} attached {what}")
+        if [kind for _, _, kind in found] != [medium.kind for medium in media]:
+            raise PromptError("the chat template wrote the placeholders of media in another order than theirs")
+        pieces: list[str | Media] = []
+        end = 0
+        for (start, stop, _), medium in zip(found, media, strict=True):
+            pieces += [rendered[end:start], medium]
+            end = stop
+        return [*pieces, rendered[end:]]
 
     def _apply(self, messages: list[dict[str, Any]], variables: dict[str, Any] | None = None) -> str:
         assert self._template is not None
@@ -294,10 +300,10 @@ class PromptBuilder:
             if isinstance(item, str):
                 waiting += item
                 continue
-            place = self._places[item.kind]
+            place = self._facts.placeholders[item.kind]
             for view, (lead, length) in enumerate(self._views(item)):
                 append(waiting + lead + place.before)
-                spans.append(Span(len(ids), length, media_index, view))
+                spans.append(Span(len(ids), length, media_index, view, item.kind))
                 ids.extend([self._control[place.soft]] * length)
                 texts.append(place.soft * length)
                 waiting = place.after

@@ -13,25 +13,29 @@ from typing import cast
 import numpy as np
 from tokenizers import Tokenizer
 
+from .audio import AudioSource, is_sound_source, open_sound
 from .bundle import Bundle
 from .errors import BundleError, ContextFull, InputError, PromptError
 from .known_files import NOTHING_KNOWN, KnownFiles
 from .limits import Limits
 from .manifest import Manifest
-from .media import is_moving, read_media, read_video
-from .parts import Conversation, Image, Pdf, Video, Words, turns_of
+from .media import is_moving, part_name, read_media, read_video
+from .parts import Audio, Conversation, Image, Pdf, Video, Words, turns_of
 from .pictures import PreparedPicture, assign_spans, lay_out
 from .prompt import Message, Prompt, PromptBuilder, Text, sole_turn
-from .reply import EncodedImage, EncodedVideo, StageClock
+from .reply import EncodedImage, EncodedSound, EncodedVideo, StageClock
+from .sounds import PreparedSound, longest_clip, prepare
 from .sources import FileSource
 from .template import ChatTemplate
 from .tools import ToolLike, read_tools
 
-__all__ = ["Layout", "ReadTurn", "Reader", "count_by_modality", "text_ids", "tower_identity"]
+__all__ = ["Layout", "Prepared", "ReadTurn", "Reader", "count_by_modality", "text_ids", "tower_identity"]
 
-ReadPart = Words | PreparedPicture
+Prepared = PreparedPicture | PreparedSound
+ReadPart = Words | Prepared
 ReadTurn = tuple[str, list[ReadPart]]
-"""The role of a turn and its parts, a document as one picture for each page, a video as one with many views."""
+"""The role of a turn and its parts: a document as one picture for each page, a video as one with a view for each frame,
+a long sound as several clips."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,39 +88,49 @@ class Reader:
             turns.append((role, read))
         return turns
 
-    def prompt(self, turns: Sequence[ReadTurn], layout: Layout) -> tuple[list[PreparedPicture], Prompt]:
-        """All pictures in their order, and the prompt. Raises PromptError and ContextFull."""
+    def prompt(self, turns: Sequence[ReadTurn], layout: Layout) -> tuple[list[Prepared], Prompt]:
+        """All media in their order, and the prompt. Raises PromptError and ContextFull."""
         tools = read_tools(layout.tools)
         raw = layout.raw or self._raw_only
         if (tools or layout.thinking) and (raw or layout.prompt_ids is not None):
             asked = "tools" if tools else "thinking"
             raise PromptError(f"{asked}: the prompt is not written by a chat template, as that would need")
-        pictures = [part for _, parts in turns for part in parts if isinstance(part, PreparedPicture)]
+        media = [part for _, parts in turns for part in parts if isinstance(part, Prepared)]
         messages = [
-            Message(role, [part.medium if isinstance(part, PreparedPicture) else part for part in parts])
+            Message(role, [part.medium if isinstance(part, Prepared) else part for part in parts])
             for role, parts in turns
         ]
         if layout.prompt_ids is not None:
-            prompt = self._from_ids(layout.prompt_ids, messages, pictures)
+            prompt = self._from_ids(layout.prompt_ids, messages, media)
         elif raw:
             prompt = self._prompts.raw(sole_turn(messages))
         else:
             prompt = self._prompts.chat(messages, tools=tools, thinking=layout.thinking)
         if len(prompt.ids) > self._manifest.context:
             raise ContextFull(len(prompt.ids), self._manifest.context)
-        return pictures, prompt
+        return media, prompt
 
     def read_media(
         self,
-        part: Image | Pdf | Video | EncodedImage | EncodedVideo,
+        part: Image | Pdf | Video | Audio | EncodedImage | EncodedVideo | EncodedSound,
         clock: StageClock,
         image_tokens: int | None,
         pan_and_scan: bool = False,
         number: int = 1,
         known: KnownFiles = NOTHING_KNOWN,
-    ) -> list[PreparedPicture]:
-        """Read attachment `number`, counted from 1, and lay it out: one picture, one for each page of a document, or
-        a video. `image_tokens` and `pan_and_scan` are not for videos."""
+    ) -> list[Prepared]:
+        """Read attachment `number`, counted from 1, and lay it out.
+
+        It becomes one picture, or one for each page of a document; one clip, or several of a long sound; a video with
+        its frames. What a file is, its content says: an `Image` that is a sound is heard, one that moves is a video.
+        `image_tokens` and `pan_and_scan` are not for videos.
+        """
+        if isinstance(part, Image) and is_sound_source(part.source):
+            if part.tokens is not None:
+                raise InputError(f"audio {number}: a sound has no token budget, its length is what counts")
+            part = Audio(cast(AudioSource, part.source))
+        if isinstance(part, Audio | EncodedSound):
+            return [*self._read_sound(part, clock, number, known)]
         if isinstance(part, Image) and is_moving(part.source):
             part = Video(cast(FileSource, part.source), tokens=part.tokens)
         if isinstance(part, Video):
@@ -148,16 +162,47 @@ class Reader:
         facts = dataclasses.replace(image, budgets=video.budgets, default_budget=video.default_budget)
         return lay_out(source, facts, part.tokens)
 
-    def _from_ids(self, ids: Sequence[int], messages: list[Message], pictures: list[PreparedPicture]) -> Prompt:
+    def _read_sound(
+        self, part: Audio | EncodedSound, clock: StageClock, number: int, known: KnownFiles
+    ) -> Sequence[PreparedSound]:
+        facts = self._manifest.audio
+        if facts is None:
+            raise PromptError(
+                f"audio {number}: this bundle has no audio input (modalities: {', '.join(self._manifest.modalities)})"
+            )
+        if isinstance(part, EncodedSound):
+            if part.bundle != tower_identity(self._manifest):
+                raise InputError(f"audio {number} was encoded by another bundle")
+            return [PreparedSound(encoded=part)]
+        at_once = longest_clip(facts) / facts.sample_rate
+        longest, why = float(self._limits.max_audio_length), "the limit for a sound"
+        if not part.split:
+            longest, why = at_once, "what the model hears at once: choose a part with start and end, or split it"
+        with clock.stage("decode_file"):
+            sound = open_sound(
+                part.source,
+                rate=facts.sample_rate,
+                longest=longest,
+                why=why,
+                start=part.start,
+                end=part.end,
+                sample_rate=part.sample_rate,
+                limits=self._limits,
+                known=known,
+                name=part_name("audio", number, part.source),
+            )
+            return prepare(sound, facts)
+
+    def _from_ids(self, ids: Sequence[int], messages: list[Message], media: list[Prepared]) -> Prompt:
         texts = [part.text for message in messages for part in message.parts if isinstance(part, Text)]
         if any(texts):
             raise PromptError("a prompt given as ids cannot have text beside it")
-        return assign_spans(self._prompts.from_ids(ids), pictures)
+        return assign_spans(self._prompts.from_ids(ids), media)
 
 
 def tower_identity(manifest: Manifest) -> str:
-    """What soft tokens depend on besides the picture: SHA-256 of the vision graph and of the weights."""
-    return "".join(manifest.files[name].sha256 for name in ("vision", "weights") if name in manifest.files)
+    """What soft tokens depend on besides the medium: SHA-256 of the graphs that make them, and of the weights."""
+    return "".join(manifest.files[name].sha256 for name in ("vision", "audio", "weights") if name in manifest.files)
 
 
 def text_ids(prompt: Prompt, vocabulary: int) -> np.ndarray:
@@ -169,11 +214,11 @@ def text_ids(prompt: Prompt, vocabulary: int) -> np.ndarray:
     return ids[ids < vocabulary]
 
 
-def count_by_modality(prompt: Prompt, pictures: Sequence[PreparedPicture]) -> dict[str, int]:
-    """Prompt tokens by modality; "document" and "video" are there only for prompts with one."""
+def count_by_modality(prompt: Prompt, media: Sequence[Prepared]) -> dict[str, int]:
+    """Prompt tokens by modality; "document", "video" and "audio" are there only for prompts with one."""
     counts = {"text": len(prompt.ids), "image": 0}
     for span in prompt.spans:
-        modality = pictures[span.media_index].modality
+        modality = media[span.media_index].modality
         counts[modality] = counts.get(modality, 0) + span.length
         counts["text"] -= span.length
     return counts

@@ -20,6 +20,7 @@ __all__ = [
     "Candidate",
     "Chunk",
     "EncodedImage",
+    "EncodedSound",
     "EncodedVideo",
     "Reply",
     "StageClock",
@@ -73,6 +74,20 @@ class EncodedVideo:
         return "video"
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class EncodedSound:
+    """A clip that has been through the audio graph; see `EncodedImage`. `seconds` is its length."""
+
+    soft_tokens: np.ndarray = field(repr=False)
+    seconds: float
+    bundle: str = field(repr=False)
+    content: bytes = field(default=b"", repr=False)
+
+    def __len__(self) -> int:
+        """Number of soft tokens."""
+        return len(self.soft_tokens)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Usage:
     """Token counts. The stop token that ends a reply is not part of it and not counted.
@@ -80,7 +95,7 @@ class Usage:
     `completion_tokens` are those of all candidates; `forced_tokens` of them were not drawn, because the grammar left no
     choice, and `thought_tokens` of them are thoughts with their markers.
     `by_modality` splits the prompt: "image" counts the soft tokens of pictures, "document" those of pages of documents
-    and "video" those of frames (absent if there are none), "text" everything else.
+    "video" those of frames and "audio" those of sounds (absent if there are none), "text" everything else.
     """
 
     prompt_tokens: int
@@ -95,7 +110,8 @@ class Usage:
 class Timings:
     """Milliseconds of wall time by stage.
 
-    decode_file: reading images to upright RGB; resize: resizing and cutting into patches; vision: the vision graph;
+    decode_file: reading images to upright RGB and sounds to samples; resize: resizing and cutting into patches;
+    vision, audio: the graphs that see and hear;
     prefill: embedding and decoder over the prompt; first_token: from the start of the request to the first token;
     per_token: mean time between tokens after the first, 0 for a reply of one; total: the whole request.
     """
@@ -103,6 +119,7 @@ class Timings:
     decode_file: float
     resize: float
     vision: float
+    audio: float
     prefill: float
     first_token: float
     per_token: float
@@ -259,7 +276,7 @@ class StageClock:
         now = perf_counter()
         first = self.first_token or now
         milliseconds = {
-            name: 1e3 * self.stages.get(name, 0.0) for name in ("decode_file", "resize", "vision", "prefill")
+            name: 1e3 * self.stages.get(name, 0.0) for name in ("decode_file", "resize", "vision", "audio", "prefill")
         }
         return Timings(
             **milliseconds,

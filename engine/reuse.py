@@ -80,7 +80,7 @@ class Reuse:
         length = len(asked.prompt.ids)
         evicts = session.evicts(length)
         if self.exact:
-            stops = session.run_ends([*rests.all, length], asked.soft_runs, chunk)
+            stops = session.run_ends([*rests.all, length], asked.seen_runs, chunk)
         else:
             # Without eviction any beginning can be cut out of the state at the end.
             stops = [*(rests.shared if evicts and self.prefixes.max_bytes else []), length]

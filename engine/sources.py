@@ -13,7 +13,7 @@ from typing import BinaryIO, cast
 
 from .errors import InputError
 
-__all__ = ["FileSource", "file_name", "is_data_uri", "one_line", "read_source"]
+__all__ = ["FileSource", "data_uri_type", "file_name", "is_data_uri", "one_line", "read_source"]
 
 FileSource = str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO
 """A path or a data URI (str), a path (os.PathLike), the file itself, or an open binary file (it need not seek)."""
@@ -51,6 +51,11 @@ def read_source(source: object, max_bytes: int) -> bytes:
 def is_data_uri(source: str) -> bool:
     """Whether a string is a data URI and not a path."""
     return _DATA_URI.match(source) is not None
+
+
+def data_uri_type(uri: str) -> str:
+    """Media type and parameters of a data URI, in lower case: "audio/pcm;rate=24000". Raises InputError."""
+    return _split_data_uri(uri)[0].partition(":")[2].strip().lower()
 
 
 def file_name(source: object) -> str:

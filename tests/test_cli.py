@@ -82,7 +82,8 @@ def test_run_json(siglance, seeing, photo):
     assert usage["prompt_tokens"] == len(reply["prompt_token_ids"]) == sum(usage["by_modality"].values())
     assert usage["completion_tokens"] == len(reply["token_ids"]) <= 8
     stages = ("decode_file", "resize", "vision", "prefill", "first_token", "per_token", "total")
-    assert set(reply["timings_ms"]) == set(stages)
+    assert set(reply["timings_ms"]) == {*stages, "audio"}
+    assert reply["timings_ms"]["audio"] == 0
     assert all(reply["timings_ms"][stage] > 0 for stage in stages)
     assert reply["timings_ms"]["total"] >= reply["timings_ms"]["first_token"] >= reply["timings_ms"]["prefill"]
     assert reply["sampling"]["seed"] == 3
@@ -299,7 +300,7 @@ def test_an_unknown_budget_for_all(siglance, seeing, photo):
 
 @pytest.mark.parametrize(
     ("arguments", "named"),
-    [([], "empty"), (["-p", ""], "empty"), (["--system", "be brief"], "empty"), (["-p", "  "], "text or an image")],
+    [([], "empty"), (["-p", ""], "empty"), (["--system", "be brief"], "empty"), (["-p", "  "], "text or a medium")],
 )
 def test_an_empty_prompt_with_no_image(refused, seeing, arguments, named):
     refused(seeing, *arguments, named=[named])

@@ -175,7 +175,7 @@ def test_other_bundles_read_the_flag_of_the_tokenizer(toy_file):
         ([Message("user", "a"), Message("assistant", "b"), Message("user", "c")], "no roles.*user, assistant, user"),
         ([Message("system", "be brief")], "no roles.*not system"),
         ([Message("assistant", "hm")], "ends with the assistant"),
-        ([Message("user", "  ")], "needs text or an image"),
+        ([Message("user", "  ")], "needs text or a medium"),
         ([], "no messages"),
     ],
 )

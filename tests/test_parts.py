@@ -77,7 +77,8 @@ def test_what_has_a_type_of_its_own_is_left_as_it_is(part):
 
 @pytest.mark.parametrize("part", [None, 3, {"type": "text"}, object(), [["nested"]], {"a.png"}])
 def test_anything_else_is_refused_by_type(part):
-    with pytest.raises(PromptError, match=r"part 1 is of type \w+, expected text, a picture, a PDF or a video"):
+    kinds = "text, a picture, a sound, a PDF or a video"
+    with pytest.raises(PromptError, match=rf"part 1 is of type \w+, expected {kinds}"):
         turns_of(["x", part], None)
 
 

@@ -271,9 +271,9 @@ def test_case_23_system_text_in_front_of_an_image():
         ([Message("system", "")], "message 0: an empty system text"),
         ([ASK, RULE], "message 1: a system message must come before all others"),
         ([Message("system", [image()]), ASK], "message 0: a system message holds text only"),
-        ([ASK, REPLY, user("")], "message 2: a user message needs text or an image"),
-        ([user(" \n")], "message 0: a user message needs text or an image"),
-        ([Message("user", [])], "message 0: a user message needs text or an image"),
+        ([ASK, REPLY, user("")], "message 2: a user message needs text or a medium"),
+        ([user(" \n")], "message 0: a user message needs text or a medium"),
+        ([Message("user", [])], "message 0: a user message needs text or a medium"),
         ([Message("user", None)], "message 0: the content is NoneType"),  # type: ignore[arg-type]
         ([Message("user", [{"type": "text"}])], "message 0, part 0: expected Text or Media, not dict"),  # type: ignore
         ([Message("user", [Text(None)])], "message 0, part 0: expected Text or Media"),  # type: ignore[arg-type]

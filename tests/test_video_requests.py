@@ -214,7 +214,7 @@ def test_errors_name_the_part(engine, short, tmp_path):
         engine.count_tokens([Video(short), str(path), QUESTION])
     with pytest.raises(VideoError, match=r"^video 1 \(none.mp4\): cannot read"):
         engine.count_tokens([str(tmp_path / "none.mp4"), QUESTION])
-    with pytest.raises(InputError, match="encode takes one picture, not a video"):
+    with pytest.raises(InputError, match="encode takes one picture or sound, not a video"):
         engine.encode(short)
     with pytest.raises(InputError, match=r"^document 1: not a PDF"):
         engine.count_tokens([Pdf(short), QUESTION])

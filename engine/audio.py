@@ -1,0 +1,318 @@
+"""Any form of sound -> samples of one channel. The one place where sounds enter the engine.
+
+Files are decoded by a process of their own (`audio_worker`, which says why). Samples that are there already, at the
+model's rate, do not need it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import AudioError, InputError
+from .known_files import NOTHING_KNOWN, KnownFiles, file_key
+from .limits import DEFAULT_LIMITS, Limits
+from .sources import FileSource, data_uri_type, file_name, is_data_uri, read_source
+
+__all__ = ["AudioSource", "Sound", "is_sound", "is_sound_source", "open_sound"]
+
+AudioSource = FileSource | npt.NDArray[np.generic]
+
+_WORKER = Path(__file__).with_name("audio_worker.py")
+_PCM_RATE = 16_000  # of raw PCM that does not say: what the APIs that take it expect
+_RATES = (1, 384_000)
+_MOST_CHANNELS = 64
+_LOUDEST = 2.0  # decoders of lossy formats go a little beyond full scale; integers that were not scaled go far
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sound:
+    """A sound.
+
+    Attributes:
+        name: how error messages call it.
+        samples: how many there are at `rate`.
+        rate: samples a second.
+        waveform: float32 [samples], decoded when it is asked for.
+        file: what the part of the encoded file is known by, None if there is no file.
+    """
+
+    name: str
+    samples: int
+    rate: int
+    waveform: Callable[[], npt.NDArray[np.float32]]
+    file: tuple[object, ...] | None = None
+
+    @property
+    def seconds(self) -> float:
+        return self.samples / self.rate
+
+
+def open_sound(
+    source: AudioSource,
+    *,
+    rate: int,
+    longest: float,
+    why: str,
+    start: float = 0.0,
+    end: float | None = None,
+    sample_rate: int | None = None,
+    limits: Limits = DEFAULT_LIMITS,
+    known: KnownFiles = NOTHING_KNOWN,
+    name: str = "audio",
+) -> Sound:
+    """A sound at `rate` samples a second. One whose file is known is decoded only when its samples are asked for.
+
+    Args:
+        source: one of
+            - a path (str or os.PathLike), or a data URI (str);
+            - an encoded file as bytes, bytearray or memoryview;
+            - a binary file object, read from its current position to its end and left open;
+            - samples as a numpy array, [n], [n, channels] or [channels, n]: floating point in -1..1, or integers whose
+              full range is that.
+        rate: of the result.
+        longest: most seconds; `why` is the reason, as the end of a sentence.
+        start, end: the part that is taken, in seconds from the first sample; None is the end.
+        sample_rate: of an array, which must have it; of a file, says that it is raw PCM: 16 bits a sample, the low byte
+            first, one channel. Files called .pcm and data URIs of audio/pcm and audio/l16 are that at 16,000 samples a
+            second, or what `rate=` says.
+        limits: `max_bytes`, `max_audio_seconds`, `max_audio_memory`.
+        known: facts about files that were read before.
+        name: how error messages call this sound, for example "audio 2 (call.mp3)".
+
+    Several channels are mixed to one, their mean. The first sound of a container with several, or the one it marks as
+    its default, is taken; pictures in it are left out.
+
+    Raises:
+        AudioError: one line with `name` and the reason: cannot be read, damaged, encrypted, without sound, over a
+            limit, a part that does not exist, or the extra `audio` is not installed.
+    """
+    question = {"rate": rate, "start": start, "end": end, "most": math.floor(longest * rate), "raw": None}
+    with _naming(name):
+        _check_part(start, end)
+        raw_rate = _raw_rate(source, sample_rate)
+        if raw_rate is not None:
+            # Nothing to decode: the part is cut out first, and resampled if need be.
+            given = _mono(source) if isinstance(source, np.ndarray) else _pcm(read_source(source, limits.max_bytes))
+            waveform = _cut(given, raw_rate, start, end)
+            if raw_rate != rate:
+                question |= {"start": 0.0, "end": None, "raw": raw_rate}
+                waveform = _ask(question, waveform.tobytes(), limits)
+            _check_length(len(waveform), rate, longest, why)
+            return Sound(name, len(waveform), rate, lambda: waveform)
+        assert not isinstance(source, np.ndarray)
+        data = read_source(source, limits.max_bytes)
+        if not data:
+            raise AudioError("empty, 0 bytes")
+
+    @functools.cache
+    def decode() -> npt.NDArray[np.float32]:
+        with _naming(name):
+            return _ask(question, data, limits)
+
+    key = ("sound", file_key(data), rate, start, end)
+    count = known.get(int, *key)
+    if count is None:
+        count = len(decode())
+    with _naming(name):
+        _check_length(count, rate, longest, why)
+    known.put(count, *key)
+    return Sound(name, count, rate, decode, key)
+
+
+def is_sound(data: bytes) -> bool:
+    """Whether an encoded file says that it is a sound without moving pictures, in its first bytes."""
+    head = data[:4096]
+    if head[:4] in (b"RIFF", b"RF64", b"RIFX"):
+        return head[8:12] == b"WAVE"
+    if head[:4] == b"OggS":
+        return b"\x80theora" not in head
+    if head[4:8] == b"ftyp":
+        return head[8:12] in (b"M4A ", b"M4B ", b"F4A ", b"F4B ")
+    if head[:4] == b"\x1aE\xdf\xa3":
+        return b"A_" in head and b"V_" not in head  # codec names of Matroska and WebM
+    if head[:4] == b"FORM":
+        return head[8:12] in (b"AIFF", b"AIFC")
+    return head.startswith((b"fLaC", b"ID3", b"#!AMR", b"caff", b".snd", b"riff\x2e\x91\xcf\x11")) or _is_mpeg(head)
+
+
+def _is_mpeg(head: bytes) -> bool:
+    """Whether a file begins with a frame of MPEG audio or of AAC (ADTS)."""
+    if len(head) < 4 or head[0] != 0xFF or head[1] & 0xE0 != 0xE0:
+        return False
+    version, layer = head[1] >> 3 & 3, head[1] >> 1 & 3
+    if layer == 0:  # ADTS: twelve bits of sync
+        return head[1] & 0xF0 == 0xF0 and head[2] >> 2 & 15 < 13
+    return version != 1 and 0 < head[2] >> 4 < 15 and head[2] >> 2 & 3 != 3
+
+
+_SOUND_NAME = re.compile(
+    r".*\.(wave?|w64|mp3|mpga|flac|aac|m4[ab]|og[ga]|opus|weba|aif[fc]?|caf|amr|au|pcm)", re.I | re.S
+)
+
+
+def is_sound_source(source: object) -> bool:
+    """Whether a source is a sound: by its content, or by its name if it cannot be read or is raw.
+
+    File objects that cannot go back are not looked into: they are not sounds unless `Audio` says so.
+    """
+    if isinstance(source, bytes | bytearray | memoryview):
+        return is_sound(bytes(memoryview(source).cast("B")[:4096]))
+    if isinstance(source, str) and is_data_uri(source):
+        return data_uri_type(source).startswith("audio/")
+    if isinstance(source, str | os.PathLike):
+        name = os.fsdecode(source)
+        try:
+            with open(name, "rb") as file:
+                return is_sound(file.read(4096)) or name.lower().endswith(".pcm")
+        except (OSError, ValueError):
+            return _SOUND_NAME.fullmatch(name) is not None
+    if callable(getattr(source, "seekable", None)) and cast(BinaryIO, source).seekable():
+        file = cast(BinaryIO, source)
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            place = file.tell()
+            head = file.read(4096)
+            file.seek(place)
+            return isinstance(head, bytes) and is_sound(head)
+    return False
+
+
+@contextlib.contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Errors become AudioError and say which sound they are about."""
+    try:
+        yield
+    except InputError as error:
+        raise AudioError(f"{name}: {' '.join(str(error).split())}") from error.__cause__
+
+
+def _check_part(start: float, end: float | None) -> None:
+    for key, value in (("start", start), ("end", end)):
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if value is not None and not (number and 0 <= value < math.inf):
+            raise AudioError(f"the {key} is {value!r}, it must be a number of seconds of at least 0")
+    if end is not None and end <= start:
+        raise AudioError(f"the end at {end:g} s is not behind the start at {start:g} s")
+
+
+def _check_length(samples: int, rate: int, longest: float, why: str) -> None:
+    if samples > math.floor(longest * rate):
+        raise AudioError(f"longer than {longest:g} s, {why}")
+
+
+def _raw_rate(source: object, sample_rate: int | None) -> int | None:
+    """Samples a second of a source that is nothing but samples, None for an encoded file."""
+    low, high = _RATES
+    if sample_rate is not None:
+        if not isinstance(sample_rate, int) or isinstance(sample_rate, bool) or not low <= sample_rate <= high:
+            raise AudioError(f"the sample rate is {sample_rate!r}, it must be an integer from {low} to {high}")
+        return sample_rate
+    if isinstance(source, np.ndarray):
+        raise AudioError("samples need their rate: Audio(samples, sample_rate=...)")
+    if isinstance(source, str) and is_data_uri(source):
+        kind, *parameters = (part.strip() for part in data_uri_type(source).split(";"))
+        if kind != "audio/pcm":
+            return None
+        stated = next((part[5:] for part in parameters if part.startswith("rate=")), str(_PCM_RATE))
+        return _raw_rate(source, int(stated)) if stated.isdecimal() and len(stated) < 10 else _raw_rate(source, -1)
+    return _PCM_RATE if file_name(source).lower().endswith(".pcm") else None
+
+
+def _pcm(data: bytes) -> npt.NDArray[np.float32]:
+    if not data or len(data) % 2:
+        raise AudioError(f"{len(data)} bytes are not samples of 16 bits")
+    return np.frombuffer(data, "<i2").astype(np.float32) / np.float32(32768)
+
+
+def _mono(array: npt.NDArray[np.generic]) -> npt.NDArray[np.float32]:
+    """Samples float32 [n] of an array, its channels mixed."""
+    if array.ndim not in (1, 2) or not array.size:
+        raise AudioError(f"an array of shape {list(array.shape)}, expected [n], [n, channels] or [channels, n]")
+    samples = array
+    if array.ndim == 2:
+        short, long = sorted(array.shape)
+        if short == long or short > _MOST_CHANNELS:
+            raise AudioError(f"an array of shape {list(array.shape)}: which axis are the channels? pass one channel")
+        samples = array if array.shape[0] == short else array.T
+    if samples.dtype.kind == "f":
+        values = samples.astype(np.float32)
+        loudest = float(np.abs(values).max())
+        if not loudest <= _LOUDEST:  # NaN fails too
+            raise AudioError(f"samples reach {loudest:g}, floating-point samples must lie in -1..1")
+    elif samples.dtype.kind in "iu" and samples.dtype.itemsize <= 4:
+        half = 2.0 ** (8 * samples.dtype.itemsize - 1)
+        values = ((samples.astype(np.float64) - (half if samples.dtype.kind == "u" else 0.0)) / half).astype(np.float32)
+    else:
+        raise AudioError(f"an array of dtype {array.dtype}, expected floating point or integers of at most 32 bits")
+    return values if values.ndim == 1 else values.mean(axis=0, dtype=np.float64).astype(np.float32)
+
+
+def _cut(samples: npt.NDArray[np.float32], rate: int, start: float, end: float | None) -> npt.NDArray[np.float32]:
+    first = round(start * rate)
+    if first >= len(samples):
+        raise AudioError(f"the start at {start:g} s is behind its end, it is {len(samples) / rate:g} s long")
+    return samples[first : None if end is None else round(end * rate)].copy()
+
+
+def _ask(question: dict[str, Any], data: bytes, limits: Limits) -> npt.NDArray[np.float32]:
+    """Put one question to a new worker process: the samples it answers with."""
+    _require_worker()
+    header = {
+        **question,
+        "path": [folder for folder in sys.path if folder],
+        "memory": limits.max_audio_memory,
+        "seconds": limits.max_audio_seconds,
+    }
+    try:
+        done = subprocess.run(
+            [sys.executable, "-I", _WORKER, json.dumps(header)],
+            input=data,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            timeout=limits.max_audio_seconds,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise AudioError(f"not decoded after {limits.max_audio_seconds:g} seconds, the limit for a sound") from None
+    except OSError as error:
+        raise AudioError(f"cannot start the process that decodes sounds: {error}") from error
+    if done.returncode:
+        raise AudioError(
+            f"decoding it ended with {_ending(done.returncode)}: it is damaged, or needs more than the limit of "
+            f"{limits.max_audio_memory} bytes of memory"
+        )
+    line, _, payload = done.stdout.partition(b"\n")
+    reply = json.loads(line)
+    if "error" in reply:
+        raise AudioError(reply["error"])
+    samples = np.frombuffer(payload, np.float32)
+    if len(samples) != reply["samples"]:
+        raise AudioError("the process that decodes sounds broke off")
+    return samples
+
+
+def _require_worker() -> None:
+    if importlib.util.find_spec("av") is None:
+        raise AudioError("decoding sounds needs the package 'av': pip install 'siglance[audio]'")
+    if not sys.executable or getattr(sys, "frozen", False):
+        raise AudioError("decoding sounds starts a process of the Python interpreter, which this program does not have")
+
+
+def _ending(code: int) -> str:
+    """The end of a process in words."""
+    return signal.Signals(-code).name if -code in set(signal.Signals) else f"exit code {code}"

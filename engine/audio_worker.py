@@ -1,0 +1,265 @@
+"""The process that opens a sound: a question as argument, the file on standard input, one answer on standard output.
+
+FFmpeg reads hundreds of formats in C, files are untrusted, and a decoder that hangs or crashes cannot be stopped inside
+a process. So it never runs inside the engine's: this file runs as a script, imports nothing of siglance, and before it
+looks at the file gives itself bounds of memory and processor time and the right to open nothing more. What a file
+refers to (playlists, lists of parts) could not be opened even if a demuxer that does so were among FORMATS.
+
+Question: JSON.
+    {"path": [...], "memory": bytes, "seconds": s, "rate": samples a second, "start": s, "end": s or null,
+     "most": samples, "raw": null or the rate of the input}
+     The file is an encoded one; or, with "raw", samples of one channel, float32.
+Answer: one line of JSON, then samples, float32.
+    {"samples": n}          those from start to end, all channels mixed to one; most + 1 if there are more
+    {"error": "..."}
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import runpy
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+__all__ = ["FORMATS", "answer", "main"]
+
+# FFmpeg's names of demuxers, and what people call the formats.
+FORMATS = {
+    "wav": "WAV",
+    "w64": "WAV",
+    "mp3": "MP3",
+    "flac": "FLAC",
+    "ogg": "Ogg (Opus, Vorbis, FLAC)",
+    "aac": "AAC",
+    "mov": "MP4, M4A, QuickTime, 3GP",
+    "matroska": "WebM, Matroska",
+    "aiff": "AIFF",
+    "caf": "CAF",
+    "amr": "AMR",
+    "asf": "WMA",
+    "au": "AU",
+    "avi": "AVI",
+    "flv": "FLV",
+    "mpeg": "MPEG",
+    "mpegts": "MPEG-TS",
+}
+# These say how long they are: what is much shorter has been cut off.
+_MEASURED = ("wav", "w64", "flac", "mov", "aiff", "caf")
+_MISSING = 0.25  # seconds that may be missing, whatever the format: encoders count their own delay
+
+
+class SoundFault(Exception):
+    """What is wrong with the file, in words."""
+
+
+def main() -> None:
+    """Answer the question in the first argument."""
+    question = json.loads(sys.argv[1])
+    sys.path[:] = question["path"]
+    # Everything that is ever imported, before nothing can be opened any more.
+    import av
+    import av.subtitles.codeccontext
+    import av.subtitles.stream
+    import av.subtitles.subtitle
+    import numpy
+
+    data = sys.stdin.buffer.read()
+    limit_resources = runpy.run_path(str(Path(__file__).with_name("pdf_worker.py")))["limit_resources"]
+    limit_resources(question["memory"] + len(data), question["seconds"])
+    _open_nothing_more()
+    answer(av, numpy, question, data, sys.stdout.buffer)
+
+
+def _open_nothing_more() -> None:
+    """No file and no socket from here on; those that are open stay. Windows has no such limit."""
+    try:
+        import resource
+    except ImportError:
+        return
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, 0))
+
+
+def answer(av: Any, numpy: Any, question: dict[str, Any], data: bytes, out: BinaryIO) -> None:
+    """Write the answer to `question` about the file `data`. A MemoryError ends the process, as crashes do."""
+    try:
+        samples = _decode(av, numpy, question, data)
+    except SoundFault as fault:
+        out.write(json.dumps({"error": str(fault)}).encode() + b"\n")
+    else:
+        out.write(json.dumps({"samples": len(samples)}).encode() + b"\n")
+        out.write(memoryview(samples).cast("B"))
+    out.flush()
+
+
+class _Window:
+    """The samples that are asked for, of those that come by."""
+
+    def __init__(self, numpy: Any, question: dict[str, Any]):
+        self._numpy, rate = numpy, question["rate"]
+        self.first = round(question["start"] * rate)
+        self.end = None if question["end"] is None else round(question["end"] * rate)
+        self._most = question["most"] + 1
+        self._kept: list[Any] = []
+        self._count = 0
+        self.passed = 0
+
+    @property
+    def full(self) -> bool:
+        """Whether nothing that follows is asked for."""
+        return self._count >= self._most or (self.end is not None and self.passed >= self.end)
+
+    def put(self, samples: Any) -> None:
+        begin, end = max(0, self.first - self.passed), len(samples)
+        if self.end is not None:
+            end = max(begin, min(end, self.end - self.passed))
+        end = min(end, begin + self._most - self._count)
+        self.passed += len(samples)
+        if begin < end:
+            self._kept.append(samples[begin:end].copy())
+            self._count += end - begin
+
+    def samples(self) -> Any:
+        return self._numpy.concatenate([self._numpy.empty(0, self._numpy.float32), *self._kept])
+
+
+def _decode(av: Any, numpy: Any, question: dict[str, Any], data: bytes) -> Any:
+    window = _Window(numpy, question)
+    mixer = _Mixer(av, numpy, question["rate"], window)
+    if question["raw"] is not None:
+        _feed_raw(av, numpy, question["raw"], data, mixer)
+        return window.samples()
+    container, stream = _open(av, data)
+    with container:
+        stream.codec_context.thread_count = 1
+        faults = _feed(container, stream, mixer, window)
+        seconds = window.passed / question["rate"]
+        if not window.passed:
+            raise SoundFault(f"damaged or encrypted, no sound can be decoded{': ' + faults[0] if faults else ''}")
+        if faults:
+            raise SoundFault(f"damaged, {faults[0]}; a part before that can be chosen with an end")
+        if not window.full:
+            _check_length(container, stream, seconds)
+        if question["start"] and window.passed <= window.first:
+            raise SoundFault(f"the start at {question['start']:g} s is behind its end, it is {seconds:g} s long")
+    return window.samples()
+
+
+def _open(av: Any, data: bytes) -> tuple[Any, Any]:
+    """The container and its sound."""
+    options = {"format_whitelist": ",".join(FORMATS), "protocol_whitelist": "none"}
+    try:
+        container = av.open(io.BytesIO(data), container_options=options)
+    except MemoryError:
+        raise
+    except Exception as error:  # FFmpegError, and what a decoder that does not exist becomes
+        kinds = ", ".join(dict.fromkeys(FORMATS.values()))
+        raise SoundFault(f"not a sound that can be read ({kinds}): {_sentence(error)}") from None
+    streams = list(container.streams.audio)
+    if not streams:
+        kinds = sorted({stream.type for stream in container.streams})
+        container.close()
+        raise SoundFault(f"no sound in it{', only ' + ' and '.join(kinds) if kinds else ''}")
+    stream = next((one for one in streams if one.disposition & av.stream.Disposition.default), streams[0])
+    if stream.codec_context is None or not stream.codec_context.sample_rate:
+        container.close()
+        raise SoundFault("its sound is in a form that is not known here")
+    return container, stream
+
+
+def _feed(container: Any, stream: Any, mixer: _Mixer, window: _Window) -> list[str]:
+    """Everything up to the end of the window. Returns what was wrong between two parts that could be decoded.
+
+    Tags and cut frames at either end of a file are no sound, and decoders refuse them.
+    """
+    faults: list[str] = []
+    pending: list[str] = []
+    for packet in _packets(container, stream, faults, window):
+        try:
+            frames = packet.decode()
+        except MemoryError:
+            raise
+        except Exception as error:
+            if window.passed:
+                pending.append(f"cannot be decoded at {window.passed / mixer.rate:.6g} s: {_sentence(error)}")
+            continue
+        if any(frame.samples for frame in frames):
+            faults += pending
+            pending.clear()
+        for frame in frames:
+            mixer.put(frame)
+        if window.full or faults:
+            break
+    mixer.flush()
+    return faults
+
+
+def _packets(container: Any, stream: Any, faults: list[str], window: _Window) -> Iterator[Any]:
+    """The packets of the stream, the empty one at the end too; what ends them early goes to `faults`."""
+    try:
+        for packet in container.demux(stream):
+            if packet.is_corrupt and window.passed:
+                faults.append("a packet is cut off or damaged")
+            yield packet
+    except MemoryError:
+        raise
+    except Exception as error:
+        faults.append(_sentence(error))
+
+
+def _check_length(container: Any, stream: Any, seconds: float) -> None:
+    """Raise SoundFault for a file that ends long before it says it does."""
+    if container.format.name.split(",")[0] not in _MEASURED or not stream.duration:
+        return
+    stated = float(stream.duration * stream.time_base)
+    if seconds < 0.95 * stated - _MISSING:
+        raise SoundFault(f"cut off, it has {seconds:.6g} s of {stated:.6g} s; an end up to there can be chosen")
+
+
+class _Mixer:
+    """Frames of any format -> float32 samples of one channel, the mean of all, at one rate, into a window."""
+
+    def __init__(self, av: Any, numpy: Any, rate: int, window: _Window):
+        self._av, self._numpy, self.rate, self._window = av, numpy, rate, window
+        self._kind: tuple[Any, ...] | None = None
+        self._resampler: Any = None
+
+    def put(self, frame: Any) -> None:
+        kind = (frame.format.name, frame.layout.name, frame.sample_rate)
+        if kind != self._kind:  # some streams change in the middle
+            self.flush()
+            self._resampler = self._av.AudioResampler(format="fltp", layout=frame.layout, rate=self.rate)
+            self._kind = kind
+        frame.pts = None
+        self._take(self._resampler.resample(frame))
+
+    def flush(self) -> None:
+        """What the resampler still holds."""
+        if self._resampler is not None:
+            self._take(self._resampler.resample(None))
+        self._resampler = self._kind = None
+
+    def _take(self, frames: list[Any]) -> None:
+        for frame in frames:
+            mixed = frame.to_ndarray().mean(axis=0, dtype=self._numpy.float64)
+            self._window.put(mixed.astype(self._numpy.float32))
+
+
+def _feed_raw(av: Any, numpy: Any, rate: int, data: bytes, mixer: _Mixer) -> None:
+    samples = numpy.frombuffer(data, numpy.float32)
+    for start in range(0, len(samples), 1 << 16):
+        part = numpy.ascontiguousarray(samples[None, start : start + (1 << 16)])
+        frame = av.AudioFrame.from_ndarray(part, format="fltp", layout="mono")
+        frame.sample_rate = rate
+        mixer.put(frame)
+    mixer.flush()
+
+
+def _sentence(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+if __name__ == "__main__":
+    main()

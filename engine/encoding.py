@@ -1,0 +1,81 @@
+"""Views and clips -> soft tokens, by the graphs that see and hear, or from the cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from threading import Lock
+
+import numpy as np
+
+from .errors import InputError
+from .manifest import Manifest
+from .parts import Audio, NormalPart
+from .pictures import PreparedPicture
+from .reading import Prepared, tower_identity
+from .reply import EncodedImage, EncodedSound, EncodedVideo, StageClock
+from .reuse import Reuse
+from .runtime import Runtime
+from .seeing import SeenView
+from .sounds import PreparedSound
+
+__all__ = ["encode_view", "encoded_image", "encoded_picture", "encoded_sound", "sole_medium"]
+
+
+def encode_view(runtime: Runtime, turn: Lock, view: SeenView, clock: StageClock, reuse: Reuse) -> np.ndarray:
+    """Soft tokens of a view or clip, float32 [length, D]. `turn` is held while a graph runs."""
+    if view.soft_tokens is not None:
+        return view.soft_tokens
+    stage = "audio" if view.look is None else "vision"
+    with clock.stage(stage):
+        known = reuse.features.get(view.content, (view.length, runtime.hidden))
+    if known is not None:
+        return view.resolve(known)
+    if view.look is not None:
+        patches = view.look()
+        with clock.stage(stage), turn:
+            values = runtime.encode(patches.values, patches.positions, view.length)
+    else:
+        assert view.listen is not None
+        samples = view.listen()
+        with clock.stage(stage), turn:
+            values = runtime.hear(samples, view.length)
+    with clock.stage(stage):
+        reuse.features.put(view.content, values)
+    return view.resolve(values)
+
+
+def encoded_image(manifest: Manifest, picture: PreparedPicture, view: SeenView, values: np.ndarray) -> EncodedImage:
+    """A picture whose soft tokens are `values`, as callers keep it."""
+    if isinstance(picture.encoded, EncodedImage):
+        return picture.encoded
+    return EncodedImage(values, picture.size, tower_identity(manifest), picture.modality, view.content)
+
+
+def encoded_picture(
+    manifest: Manifest, picture: PreparedPicture, views: Sequence[SeenView], values: Sequence[np.ndarray]
+) -> EncodedImage | EncodedVideo:
+    """A picture or video whose views have the soft tokens `values`, as callers keep it."""
+    if isinstance(picture.encoded, EncodedVideo):
+        return picture.encoded
+    encoded = tuple(encoded_image(manifest, picture, *seen) for seen in zip(views, values, strict=True))
+    return EncodedVideo(encoded, picture.times) if picture.times else encoded[0]
+
+
+def encoded_sound(manifest: Manifest, sound: PreparedSound, view: SeenView, values: np.ndarray) -> EncodedSound:
+    """A clip whose soft tokens are `values`, as callers keep it."""
+    return sound.encoded or EncodedSound(values, sound.seconds, tower_identity(manifest), view.content)
+
+
+def sole_medium(part: NormalPart, media: Sequence[Prepared]) -> Prepared:
+    """The one picture or clip that `part` stands for. Raises InputError if it is several."""
+    first, *more = media
+    if isinstance(first, PreparedSound):
+        if not isinstance(part, Audio | EncodedSound):
+            raise InputError("encode takes a picture, or a sound as Audio")
+        if more:
+            raise InputError(f"encode takes one clip, not a sound of {len(media)}: choose one with start and end")
+    elif first.times:
+        raise InputError("encode takes one picture or sound, not a video")
+    elif more:
+        raise InputError(f"encode takes one picture, not a document of {len(media)} pages: choose one with Pdf")
+    return first
