@@ -46,9 +46,9 @@ FORMATS = {
     "mpeg": "MPEG",
     "mpegts": "MPEG-TS",
 }
-# These say how long they are: what is much shorter has been cut off.
-_MEASURED = ("wav", "w64", "flac", "mov", "aiff", "caf")
-_MISSING = 0.25  # seconds that may be missing, whatever the format: encoders count their own delay
+# Formats that say how long they are, and how much may be missing all the same, in seconds and of the whole: encoders of
+# lossy ones count their own delay. What is shorter has been cut off, or decoders left out what they could not read.
+_MISSING = {"mov": (0.25, 0.05), **dict.fromkeys(("wav", "w64", "flac", "aiff", "caf"), (0.01, 0.0))}
 
 
 class SoundFault(Exception):
@@ -142,6 +142,7 @@ def _decode(av: Any, numpy: Any, question: dict[str, Any], data: bytes) -> Any:
             raise SoundFault(f"damaged, {faults[0]}; a part before that can be chosen with an end")
         if not window.full:
             _check_length(container, stream, seconds)
+            _check_wave(data)
         if question["start"] and window.passed <= window.first:
             raise SoundFault(f"the start at {question['start']:g} s is behind its end, it is {seconds:g} s long")
     return window.samples()
@@ -176,33 +177,33 @@ def _feed(container: Any, stream: Any, mixer: _Mixer, window: _Window) -> list[s
     """
     faults: list[str] = []
     pending: list[str] = []
-    for packet in _packets(container, stream, faults, window):
+    for packet in _packets(container, stream, faults):
+        place = window.passed / mixer.rate
         try:
             frames = packet.decode()
         except MemoryError:
             raise
         except Exception as error:
-            if window.passed:
-                pending.append(f"cannot be decoded at {window.passed / mixer.rate:.6g} s: {_sentence(error)}")
+            if place:
+                pending.append(f"it cannot be decoded at {place:.6g} s: {_sentence(error)}")
             continue
         if any(frame.samples for frame in frames):
             faults += pending
             pending.clear()
         for frame in frames:
             mixer.put(frame)
+        if packet.is_corrupt and place:
+            pending.append(f"a packet is not whole at {place:.6g} s")
         if window.full or faults:
             break
     mixer.flush()
     return faults
 
 
-def _packets(container: Any, stream: Any, faults: list[str], window: _Window) -> Iterator[Any]:
+def _packets(container: Any, stream: Any, faults: list[str]) -> Iterator[Any]:
     """The packets of the stream, the empty one at the end too; what ends them early goes to `faults`."""
     try:
-        for packet in container.demux(stream):
-            if packet.is_corrupt and window.passed:
-                faults.append("a packet is cut off or damaged")
-            yield packet
+        yield from container.demux(stream)
     except MemoryError:
         raise
     except Exception as error:
@@ -211,11 +212,32 @@ def _packets(container: Any, stream: Any, faults: list[str], window: _Window) ->
 
 def _check_length(container: Any, stream: Any, seconds: float) -> None:
     """Raise SoundFault for a file that ends long before it says it does."""
-    if container.format.name.split(",")[0] not in _MEASURED or not stream.duration:
+    missing = _MISSING.get(container.format.name.split(",")[0])
+    if missing is None or not stream.duration:
         return
     stated = float(stream.duration * stream.time_base)
-    if seconds < 0.95 * stated - _MISSING:
-        raise SoundFault(f"cut off, it has {seconds:.6g} s of {stated:.6g} s; an end up to there can be chosen")
+    if seconds < (1 - missing[1]) * stated - missing[0]:
+        raise SoundFault(
+            f"cut off or damaged, it has {seconds:.6g} s of {stated:.6g} s; an end up to there can be chosen"
+        )
+
+
+def _check_wave(data: bytes) -> None:
+    """Raise SoundFault for a WAV whose samples end before its header says; FFmpeg takes what is there.
+
+    Programs that cannot go back in what they write say 0 or the greatest number: then the end of the file counts.
+    """
+    place = 12
+    while data[:4] == b"RIFF" and place + 8 <= len(data):
+        name, size = data[place : place + 4], int.from_bytes(data[place + 4 : place + 8], "little")
+        place += 8
+        if name == b"data":
+            if 0 < size < 0xFFFFFF00 and place + size > len(data):
+                raise SoundFault(
+                    f"cut off, {len(data) - place} of {size} bytes of samples are there; an end can be chosen"
+                )
+            return
+        place += size + size % 2
 
 
 class _Mixer:
