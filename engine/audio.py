@@ -250,7 +250,7 @@ def _mono(array: npt.NDArray[np.generic]) -> npt.NDArray[np.float32]:
             raise AudioError(f"an array of shape {list(array.shape)}: which axis are the channels? pass one channel")
         samples = array if array.shape[0] == short else array.T
     if samples.dtype.kind == "f":
-        values = samples.astype(np.float32)
+        values = samples.astype(np.float32) + np.float32(0)  # no negative zeros: equal samples have equal bytes
         loudest = float(np.abs(values).max())
         if not loudest <= _LOUDEST:  # NaN fails too
             raise AudioError(f"samples reach {loudest:g}, floating-point samples must lie in -1..1")

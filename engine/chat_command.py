@@ -6,7 +6,7 @@ import contextlib
 import io
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -18,12 +18,15 @@ from .engine import Engine
 from .errors import InputError, SiglanceError
 from .parts import Image, Pdf, Video, turns_of
 from .prompt import Text
-from .reply import Reply
+from .reply import Chunk, Reply
+from .reply_writer import ReplyWriter, remarks
+from .tools import ToolResult
 
 __all__ = ["HELP", "converse"]
 
 HELP = """\
-/image FILE[@BUDGET]  show a picture, PDF or video with the next message; the path of a file alone does the same
+/image FILE[@BUDGET]  show a picture, video, sound or PDF with the next message; the path of a file alone does the same
+/result VALUE         what a function that the model called has returned: JSON, or text; one for each call, in order
 /reset                forget the conversation
 /save FILE            write the conversation as JSON
 /help                 this list
@@ -32,8 +35,6 @@ HELP = """\
 Ctrl-C stops a reply; a turn that is stopped or fails is not kept."""
 
 _PROMPT = "> "
-# Whatever a model writes, a terminal gets no escape sequences from it.
-_CONTROLS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
 
 def converse(engine: Engine, chat: Chat, *, name: str, attach: Callable[[str], Image | Pdf | Video]) -> None:
@@ -87,9 +88,12 @@ class _Loop:
         self._attach = attach
         self._attached: list[tuple[Image | Pdf | Video, str]] = []
         self._turns: list[dict[str, Any]] = []  # what /save writes
+        self._calls: list[str] = []  # functions whose results the model waits for
+        self._results: list[ToolResult] = []  # those that are there
         self._console = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
         self._commands: dict[str, Callable[[str], None]] = {
             "/image": self._image,
+            "/result": self._result,
             "/reset": self._reset,
             "/save": self._save,
             "/help": self._help,
@@ -113,28 +117,64 @@ class _Loop:
             self._say(line[1:] if line.startswith("//") else line)
 
     def _say(self, text: str) -> None:
-        stream = self._chat.stream([*(part for part, _ in self._attached), Text(text)])
-        visible, started = sys.stdout.isatty(), False
+        if self._calls:
+            raise InputError(f"{self._waiting()}; /reset forgets the conversation")
+        reply = self._write(self._chat.stream([*(part for part, _ in self._attached), Text(text)]))
+        if reply is not None:
+            shown = [{"type": "image", "source": source} for _, source in self._attached]
+            self._attached = []
+            self._keep({"role": "user", "content": [*shown, {"type": "text", "text": text}]}, reply)
+
+    def _result(self, argument: str) -> None:
+        if not self._calls:
+            raise InputError("/result: the model waits for no result")
+        if not argument:
+            raise InputError("/result needs a value, JSON or text")
+        try:
+            value = json.loads(argument)
+        except (ValueError, RecursionError):
+            value = argument
+        self._results.append(ToolResult(self._calls[len(self._results)], value))
+        if len(self._results) < len(self._calls):
+            self.note(self._waiting())
+            return
+        results, self._results = self._results, []
+        reply = self._write(self._chat.stream(results))
+        if reply is not None:
+            said = [{"name": result.name, "result": result.result} for result in results]
+            self._keep({"role": "tool", "results": said}, reply)
+
+    def _write(self, stream: Generator[Chunk, None, None]) -> Reply | None:
+        """Write a reply as it comes; None if it was stopped."""
+        writer = ReplyWriter()
         reply: Reply | None = None
         try:
             for chunk in stream:
-                started = True
-                sys.stdout.write(chunk.text.translate(_CONTROLS) if visible else chunk.text)
-                sys.stdout.flush()
+                writer.write(chunk)
                 reply = chunk.reply
         except KeyboardInterrupt:
             stream.close()
         finally:
-            if started:
-                print(flush=True)
+            writer.end()
         if reply is None:
             self.note("stopped, this turn is not kept")
-            return
-        shown = [{"type": "image", "source": source} for _, source in self._attached]
-        self._turns.append({"role": "user", "content": [*shown, {"type": "text", "text": text}]})
-        self._turns.append({"role": "assistant", "content": [{"type": "text", "text": reply.text}]})
-        self._attached = []
+        return reply
+
+    def _keep(self, said: dict[str, Any], reply: Reply) -> None:
+        """A turn is over."""
+        answer: dict[str, Any] = {"role": "assistant", "content": [{"type": "text", "text": reply.text}]}
+        if reply.tool_calls:
+            answer["tool_calls"] = [{"name": call.name, "arguments": call.arguments} for call in reply.tool_calls]
+        self._turns += [said, answer]
+        self._calls = [call.name for call in reply.tool_calls]
+        for remark in remarks(reply):
+            self.note(remark)
         self.note(_summary(reply))
+        if self._calls:
+            self.note(self._waiting())
+
+    def _waiting(self) -> str:
+        return f"the model waits for what {self._calls[len(self._results)]} returns: /result VALUE"
 
     def _image(self, argument: str) -> None:
         source = _unquoted(argument)
@@ -148,7 +188,7 @@ class _Loop:
 
     def _reset(self, argument: str) -> None:
         self._chat.reset()
-        self._turns, self._attached = [], []
+        self._turns, self._attached, self._calls, self._results = [], [], [], []
         self.note("forgotten")
 
     def _save(self, argument: str) -> None:

@@ -21,10 +21,10 @@ from .bundle import Bundle
 from .chat_command import converse
 from .engine import DEFAULT_MAX_TOKENS, Engine
 from .errors import InputError, PromptError, SiglanceError
-from .grammar import MAX_GRAMMAR_BYTES, Grammar
 from .graph import usable_cores, versions
 from .limits import read_limits
 from .media import is_document, is_moving
+from .option_files import read_format, read_ids, read_tools_file
 from .options import (
     BudgetOption,
     BundleArgument,
@@ -47,12 +47,15 @@ from .options import (
     Switch,
     SystemOption,
     TemperatureOption,
+    ThinkingOption,
+    ToolsOption,
     TopKOption,
     TopPOption,
 )
 from .parts import Image, PartLike, Pdf, Video
 from .prompt import Text
 from .reply import Reply
+from .reply_writer import ReplyWriter, remarks
 from .runtime import PREFILL_CHUNK, Runtime
 from .sampling import Sampling, read_logit_bias
 
@@ -120,6 +123,8 @@ def run(
         Path | None,
         typer.Option(metavar="FILE.npy", help="Also write the prompt's logits, float32 [prompt tokens, vocabulary]."),
     ] = None,
+    tools: ToolsOption = None,
+    thinking: ThinkingOption = False,
     cache: CacheOption = Switch.on,
     feature_cache: FeatureCacheOption = None,
     limit: LimitOption = None,
@@ -128,7 +133,7 @@ def run(
     draw: Annotated[Path | None, typer.Option(metavar="OUT.png", help="Draw the boxes of the reply.")] = None,
 ) -> None:
     """Ask a question about pictures, or complete a text."""
-    ids = None if prompt_ids is None else _read_ids(prompt_ids)
+    ids = None if prompt_ids is None else read_ids(prompt_ids)
     limits = read_limits(limit or ())
     scene = _Scene(fps, start, end)
     parts = _parts(image, pages, scene, prompt)
@@ -151,13 +156,13 @@ def run(
         logit_bias=None if logit_bias is None else read_logit_bias(logit_bias),
         seed=seed,
     )
-    format = _format(schema, regex, grammar, detections)
+    format = read_format(schema, regex, grammar, detections)
     common = {"system": system, "image_tokens": image_tokens, "raw": raw, "pan_and_scan": pan_and_scan}
-    common["prompt_ids"] = ids
+    common |= {"prompt_ids": ids, "tools": read_tools_file(tools), "thinking": thinking}
     with Engine.open(bundle, device=device, limits=limits, feature_cache_dir=feature_cache) as engine:
         rows = None if logits is None else engine.prompt_logits(parts, **common)
         reply: Reply | None = None
-        shown = 0  # candidates whose heading has been written
+        writer = ReplyWriter(candidates)
         for chunk in engine.stream(
             parts,
             max_tokens=max_tokens,
@@ -171,17 +176,13 @@ def run(
             **common,
         ):
             if not as_json:
-                if candidates > 1 and chunk.candidate == shown:
-                    sys.stdout.write(f"{chr(10) if shown else ''}--- {shown + 1}\n")
-                    shown += 1
-                sys.stdout.write(chunk.text)
-                sys.stdout.flush()
+                writer.write(chunk)
             reply = chunk.reply
         assert reply is not None
     if as_json:
         print(json.dumps(output.reply_json(reply), ensure_ascii=False))
     else:
-        print()
+        writer.end()
         for line in output.logprob_lines(reply):
             output.note(line)
         output.note(output.reply_summary(reply))
@@ -192,6 +193,10 @@ def run(
     if draw is not None and drawing is not None and canvas is not None:
         picture = output.drawn(reply, canvas)
         output.write("--draw", draw, lambda file: picture.save(file, drawing))
+    for remark in remarks(reply):
+        output.note(remark)
+    if not all(candidate.thought_finished for candidate in reply.candidates):
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -208,6 +213,8 @@ def chat(
     fps: FpsOption = None,
     start: StartOption = None,
     end: EndOption = None,
+    tools: ToolsOption = None,
+    thinking: ThinkingOption = False,
     cache: CacheOption = Switch.on,
     feature_cache: FeatureCacheOption = None,
     limit: LimitOption = None,
@@ -222,6 +229,8 @@ def chat(
             sampling=sampling,
             max_tokens=max_tokens,
             image_tokens=image_tokens,
+            tools=read_tools_file(tools),
+            thinking=thinking,
             cache=cache is Switch.on,
         )
         if bundle == "demo":
@@ -332,6 +341,8 @@ def count_tokens(
     prompt: PromptOption = "",
     system: SystemOption = None,
     image_tokens: BudgetOption = None,
+    tools: ToolsOption = None,
+    thinking: ThinkingOption = False,
     raw: RawOption = False,
     pan_and_scan: PanAndScanOption = False,
     limit: LimitOption = None,
@@ -342,7 +353,13 @@ def count_tokens(
     parts = _parts(image, pages, scene, prompt)
     with Engine.open(bundle, limits=read_limits(limit or ())) as engine:
         counts = engine.count_tokens(
-            parts, system=system, image_tokens=image_tokens, raw=raw, pan_and_scan=pan_and_scan
+            parts,
+            system=system,
+            image_tokens=image_tokens,
+            tools=read_tools_file(tools),
+            thinking=thinking,
+            raw=raw,
+            pan_and_scan=pan_and_scan,
         )
     if as_json:
         print(json.dumps(counts))
@@ -386,39 +403,6 @@ def _file(argument: str, pages: str | None, scene: _Scene) -> Image | Pdf | Vide
     if is_moving(source):
         return Video(source, scene.fps, scene.start, scene.end, tokens)
     return Pdf(source, pages, tokens) if pages is not None and is_document(source) else Image(source, tokens)
-
-
-def _format(schema: Path | None, regex: str | None, grammar: Path | None, detections: bool) -> Grammar | None:
-    """The form of the reply that the options ask for."""
-    options = {"--schema": schema, "--regex": regex, "--grammar": grammar, "--detections": detections or None}
-    given = [name for name, value in options.items() if value is not None]
-    if len(given) > 1:
-        raise InputError(f"{' and '.join(given)} exclude each other")
-    if schema is not None:
-        return Grammar.json_schema(_read_text("--schema", schema))
-    if regex is not None:
-        return Grammar.regex(regex)
-    if grammar is not None:
-        return Grammar.lark(_read_text("--grammar", grammar))
-    return Grammar.detections() if detections else None
-
-
-def _read_text(option: str, path: Path) -> str:
-    try:
-        with path.open(encoding="utf-8") as file:
-            return file.read(MAX_GRAMMAR_BYTES + 1)  # one too many is refused
-    except (OSError, ValueError) as error:
-        raise InputError(f"{option} {path}: {error}") from None
-
-
-def _read_ids(path: Path) -> list[int]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise PromptError(f"--prompt-ids {path}: {error}") from None
-    if not isinstance(value, list):
-        raise PromptError(f"--prompt-ids {path}: expected a JSON list of token ids, found {type(value).__name__}")
-    return value
 
 
 def main() -> NoReturn:

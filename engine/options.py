@@ -30,6 +30,8 @@ __all__ = [
     "Switch",
     "SystemOption",
     "TemperatureOption",
+    "ThinkingOption",
+    "ToolsOption",
     "TopKOption",
     "TopPOption",
 ]
@@ -96,3 +98,8 @@ FeatureCacheOption = Annotated[
 ]
 DeviceOption = Annotated[str, typer.Option("--device", metavar="D", help="auto, cpu, cuda or cuda:N.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+ToolsOption = Annotated[
+    Path | None,
+    typer.Option("--tools", metavar="FILE", help="Functions that the model may call: a JSON list of declarations."),
+]
+ThinkingOption = Annotated[bool, typer.Option("--thinking", help="Let the model think before it answers.")]

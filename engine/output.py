@@ -58,6 +58,10 @@ def reply_json(reply: Reply) -> dict[str, Any]:
         "timings_ms": {name: round(value, 3) for name, value in dataclasses.asdict(reply.timings).items()},
         "boxes": first["boxes"],
         "truncated": first["truncated"],
+        "thought": first["thought"],
+        "thought_finished": first["thought_finished"],
+        "tool_calls": first["tool_calls"],
+        "malformed_calls": first["malformed_calls"],
         "logprobs": first["logprobs"],
         "sampling": dataclasses.asdict(reply.sampling),
         "device": reply.device,
@@ -78,6 +82,10 @@ def _candidate_json(candidate: Candidate) -> dict[str, Any]:
             for box in candidate.boxes
         ],
         "truncated": candidate.truncated,
+        "thought": candidate.thought,
+        "thought_finished": candidate.thought_finished,
+        "tool_calls": [dataclasses.asdict(call) for call in candidate.tool_calls],
+        "malformed_calls": [dataclasses.asdict(call) for call in candidate.malformed_calls],
         "logprobs": None if candidate.logprobs is None else [_logprob_json(entry) for entry in candidate.logprobs],
     }
 

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from siglance.engine import Engine, Sampling, Text, chat_command, cli
+from siglance.engine import Engine, Sampling, Text, cli, reply_writer
 from siglance.engine import Image as Picture
 from siglance.engine.sampling import Sampler
 from siglance.engine.self_test import formula_picture
@@ -289,4 +289,4 @@ def test_in_a_terminal(seeing):
 
 def test_a_terminal_gets_no_escape_sequences():
     """Text of a model is text, whatever it spells."""
-    assert "\x1b[2J\x07 a\tb\n\x9b1m".translate(chat_command._CONTROLS) == "\ufffd[2J\ufffd a\tb\n\ufffd1m"
+    assert "\x1b[2J\x07 a\tb\n\x9b1m".translate(reply_writer._CONTROLS) == "\ufffd[2J\ufffd a\tb\n\ufffd1m"

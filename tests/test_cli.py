@@ -75,7 +75,8 @@ def test_run_json(siglance, seeing, photo):
     reply = json.loads(out)
     assert list(reply) == [
         *("text", "token_ids", "prompt_token_ids", "finish_reason", "usage", "timings_ms"),
-        *("boxes", "truncated", "logprobs", "sampling", "device", "providers"),
+        *("boxes", "truncated", "thought", "thought_finished", "tool_calls", "malformed_calls", "logprobs"),
+        *("sampling", "device", "providers"),
     ]
     assert reply["finish_reason"] in ("stop_id", "stop_text", "length", "context")
     usage = reply["usage"]

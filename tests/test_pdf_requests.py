@@ -319,7 +319,10 @@ def test_counting_on_the_command_line(siglance, report):
         (("--limit", "bytes=100"), "over the limit of 100 bytes"),
         (("--limit", "pages=0"), "max_pages is 0"),
         (("--limit", "pages=two"), "the limit pages is 'two'"),
-        (("--limit", "rows=2"), "no limit 'rows'; the limits are bytes, pixels, pages, page_seconds, page_memory, video_bytes"),
+        (
+            ("--limit", "rows=2"),
+            "no limit 'rows'; the limits are bytes, pixels, pages, page_seconds, page_memory, video_bytes",
+        ),
         (("--draw", "out.png"), "exactly one picture, the document has 3 pages"),
     ],
     ids=str,
