@@ -23,6 +23,7 @@ from transformers import (
 from . import checkpoints, layouts_gemma4_large
 
 TOKEN_IDS = checkpoints.GEMMA4_TOKEN_IDS
+processed = layouts_gemma4_large.processed
 SLIDING, FULL = "sliding_attention", "full_attention"
 TEXT = {
     **{"vocab_size": 512, "vocab_size_per_layer_input": 512, "hidden_size": 64, "hidden_size_per_layer_input": 16},
@@ -102,6 +103,13 @@ def soft_tokens(model: PreTrainedModel, clips: Sequence[np.ndarray]) -> list[np.
     outputs = model.model.get_audio_features(**_inputs(model, clips), return_dict=True)
     valid = outputs.attention_mask
     return [row[mask].numpy() for row, mask in zip(outputs.pooler_output, valid, strict=True)]
+
+
+@torch.no_grad()
+def picture_tokens(model: PreTrainedModel, picture: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+    """float32 [n, D] of (patches, positions), by `get_image_features`."""
+    values, positions = (torch.from_numpy(part)[None] for part in picture)
+    return model.model.get_image_features(values, positions, return_dict=True).pooler_output[0].numpy()
 
 
 @torch.no_grad()
