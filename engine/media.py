@@ -1,11 +1,15 @@
-"""Attached parts -> pictures for the model. Images are read at once, pages of documents are drawn when needed."""
+"""Attached parts -> pictures for the model. Images are read at once, pages of documents are drawn and frames of videos
+decoded when needed."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -109,7 +113,7 @@ def read_video(part: Video, number: int, limits: Limits, fps: float) -> PictureS
 
 
 def is_moving(source: object) -> bool:
-    """Whether a source is a video by its content. Objects that can only be read once are not looked into."""
+    """Whether a source is a video by its content. File objects that cannot go back are not looked into."""
     if isinstance(source, bytes | bytearray | memoryview):
         return is_video(bytes(memoryview(source).cast("B")[:1024]))
     if isinstance(source, str) and is_data_uri(source):
@@ -117,7 +121,9 @@ def is_moving(source: object) -> bool:
             return is_video(read_source(source, DEFAULT_LIMITS.max_video_bytes)[:1024])
         except InputError:
             return False
-    if not isinstance(source, str | Path):
+    if callable(getattr(source, "seekable", None)) and cast(BinaryIO, source).seekable():
+        return _peeked(cast(BinaryIO, source))
+    if not isinstance(source, str | os.PathLike):
         return False
     try:
         if not Path(source).is_file():  # reading from a pipe would take something out of it
@@ -126,6 +132,15 @@ def is_moving(source: object) -> bool:
             return is_video(file.read(1024))
     except (OSError, ValueError):
         return False
+
+
+def _peeked(file: BinaryIO) -> bool:
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        place = file.tell()
+        start = file.read(1024)
+        file.seek(place)
+        return isinstance(start, bytes) and is_video(start)
+    return False
 
 
 def is_document(source: str | Path) -> bool:

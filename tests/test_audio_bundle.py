@@ -72,7 +72,7 @@ def test_the_manifest_says_what_is_heard(e2b, unified):
         manifest = model.bundle.manifest
         assert manifest.audio == facts
         assert manifest.prompt.audio == placeholder
-        assert manifest.modalities == ("text", "image", "audio")
+        assert manifest.modalities == ("text", "image", "video", "audio")
         assert f"audio:{facts.policy}" in manifest.requires
         assert json.loads(model.bundle.path("export").read_text())["left_out"] == []
 
@@ -117,7 +117,7 @@ def test_the_longest_clip_is_that_of_the_processor(unified, tmp_path):
         (lambda raw: raw.update(audio=None), "audio"),
         (lambda raw: raw["prompt"].update(audio=None), "prompt.audio"),
         (lambda raw: raw["files"].pop("audio"), "files.audio"),
-        (lambda raw: raw.update(modalities=["text", "image"]), "audio"),
+        (lambda raw: raw.update(modalities=["text", "image", "video"]), "audio"),
         (lambda raw: raw["audio"].update(policy="waves"), "requires"),
         (lambda raw: raw["audio"].update(frame_step=0), "audio.frame_step"),
         (lambda raw: raw["audio"].update(max_tokens=-1), "audio.max_tokens"),

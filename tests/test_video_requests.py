@@ -101,6 +101,24 @@ def test_a_frame_is_the_picture_that_it_shows(engine, short):
         np.testing.assert_array_equal(values.values, expected)
 
 
+@pytest.mark.parametrize("model", ["gemma4", "gemma4_unified"])
+def test_the_model_sees_the_same_as_in_pictures(tiny_model, short, model):
+    """Placeholders of videos are looked up as padding and frames are blocks, as those of pictures are (facts.md 2.6,
+    3.6): with `<|image|>` for `<|video|>` and the frames as pictures the logits are the same."""
+    with Engine(tiny_model(model).bundle, threads=1) as seeing:
+        rows = seeing.prompt_logits([Video(short), QUESTION], image_tokens=None)
+        ids = run(seeing, [Video(short), QUESTION], cache=False).prompt_token_ids
+        tokenizer = seeing._tokenizer
+        image, video = (tokenizer.token_to_id(f"<|{kind}|>") for kind in ("image", "video"))
+        assert ids.count(video) == 195
+        frames = video_module.open_clip(short, fps=1.0, start=None, end=None, limits=Limits(), name="video 1")
+        pictures = [Image(frames.pixels(index, HEIGHT, WIDTH, "bicubic"), 70) for index in range(3)]
+        swapped = [image if id == video else id for id in ids]
+        expected = seeing.prompt_logits(pictures, prompt_ids=swapped)
+    np.testing.assert_array_equal(rows, expected)
+    assert np.ptp(rows) > 1
+
+
 def test_a_prompt_given_as_ids(engine, short):
     """The runs of soft tokens are dealt out to the frames, and the reply is that of the conversation."""
     usual = run(engine, [Video(short), QUESTION])
@@ -119,7 +137,7 @@ def test_every_form_of_source_gives_the_same_reply(engine, short, tmp_path):
     uri = "data:video/mp4;base64," + base64.b64encode(short).decode()
     expected = run(engine, [Video(short), QUESTION])
     assert expected.usage.by_modality == {"text": len(expected.prompt_token_ids) - 195, "image": 0, "video": 195}
-    with open(path, "rb") as file:
+    with open(path, "rb") as file, open(path, "rb") as bare:
         for source in (
             str(path),
             path,
@@ -128,6 +146,7 @@ def test_every_form_of_source_gives_the_same_reply(engine, short, tmp_path):
             short,
             uri,
             Video(file),
+            bare,
             Image(short),
             Image(path),
         ):
