@@ -16,6 +16,7 @@ import stat
 import subprocess
 import sys
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -25,6 +26,7 @@ import numpy.typing as npt
 from .errors import InputError, VideoError
 from .limits import Limits
 from .sources import is_data_uri, one_line, read_source
+from .video_frames import Index, choose
 
 __all__ = ["Clip", "clock", "is_video", "open_clip"]
 
@@ -143,7 +145,7 @@ def open_clip(source: object, *, fps: float, start: float | None, end: float | N
 
     Args:
         source: see `sources.FileSource`.
-        fps: frames for each second. What they are `video_worker.choose` says.
+        fps: frames for each second. What they are `video_frames.choose` says.
         start: seconds from the first frame; None is the beginning.
         end: seconds from the first frame, not included; None is the end.
         limits: `max_video_bytes`, `max_pixels` of a frame, `max_frames` (longer clips are thinned evenly),
@@ -159,13 +161,20 @@ def open_clip(source: object, *, fps: float, start: float | None, end: float | N
         file = _File.of(source, limits)
     except InputError as error:
         raise VideoError(f"{name}: {error}") from error.__cause__
-    question = {"fps": float(fps), "start": float(start or 0), "end": end, "most": limits.max_frames}
-    reply, _ = _ask(question, file, limits, name)
-    times, targets = [], []
-    for seconds, key, first in reply["frames"]:
-        times.append(seconds)
-        targets.append((key, first))
-    return Clip(name, reply["height"], reply["width"], tuple(times), limits, file, reply["by"], tuple(targets))
+    reply, _ = _ask({}, file, limits, name)
+    index = Index(reply["ticks"], reply["last"], Fraction(*reply["tick"]), reply["starts"])
+    if reply["fault"] and (end is None or end > index.seconds):
+        raise VideoError(
+            f"{name}: damaged or cut off after {index.seconds:g} s, an end before that can be chosen: {reply['fault']}"
+        )
+    try:
+        chosen = choose(index, float(fps), float(start or 0), end, limits.max_frames)
+    except InputError as error:
+        raise VideoError(f"{name}: {error}") from None
+    times = tuple(seconds for seconds, _ in chosen)
+    # Where there are no times, frames are counted, and ticks are numbers of frames.
+    targets = tuple((index.ticks[number], index.first_packet(number)) for _, number in chosen)
+    return Clip(name, reply["height"], reply["width"], times, limits, file, reply["by"], targets)
 
 
 def _check_range(fps: float, start: float | None, end: float | None, name: str) -> None:

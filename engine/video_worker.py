@@ -8,36 +8,35 @@ among FORMATS.
 
 Question: JSON.
     {"path": [...], "memory": bytes, "seconds": s, "pixels": n, ...}, and
-    {"fps": f, "start": s, "end": s or null, "most": n}                     which frames there are, and which to take
+    nothing more                                                             which frames there are
     {"targets": [[key, first packet], ...], "by": "time" or "order", "height": h, "width": w, "resample": name}
         those frames, keys ascending, resized to height x width
 Answer: one line of JSON, then, where frames were asked for, their RGB rows from the top, one frame behind the other.
-    {"height": h, "width": w, "by": ..., "seconds": duration, "frames": [[seconds, key, first packet], ...]}
-        size upright and with square pixels; seconds from the first frame of the file
+    {"height": h, "width": w, "by": ..., "ticks": [...], "last": n, "tick": [n, d], "starts": [[packet, tick], ...],
+     "fault": "..."}
+        size upright and with square pixels; when each frame is shown, ascending, in ticks of n / d seconds, and for how
+        many the last one is; packets, counted from 0, with which decoding can begin; what is wrong with the end
     {"count": frames}
     {"error": "..."}
 """
 
 from __future__ import annotations
 
-import bisect
 import errno
 import importlib
 import io
 import json
-import math
 import pkgutil
 import runpy
 import struct
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, BinaryIO
 
-__all__ = ["CONTAINERS", "FORMATS", "Index", "VideoFault", "answer", "choose", "main"]
+__all__ = ["CONTAINERS", "FORMATS", "VideoFault", "answer", "main"]
 
 # Demuxers that read one file and never another: those of the containers that people have, told by content.
 CONTAINERS = {
@@ -63,56 +62,6 @@ _NOT_THE_FILE = (MemoryError, TypeError, AttributeError, NameError)
 
 class VideoFault(Exception):
     """Why a video cannot be used, in words."""
-
-
-@dataclass(frozen=True, slots=True)
-class Index:
-    """The frames of a video in the order in which they are shown.
-
-    Attributes:
-        ticks: when each is shown, in units of `tick`, ascending.
-        firsts: the packet, counted from 0, from which on a decoder must be fed to get each.
-        tick: seconds.
-        last: how many ticks the last frame is shown.
-    """
-
-    ticks: Sequence[int]
-    firsts: Sequence[int]
-    tick: Fraction
-    last: int
-
-    @property
-    def seconds(self) -> float:
-        """From the first frame to the end of the last."""
-        return float((self.ticks[-1] - self.ticks[0] + self.last) * self.tick)
-
-
-def choose(index: Index, fps: float, start: float, end: float | None, most: int) -> list[tuple[float, int]]:
-    """(seconds, number of the frame) of the frames to take.
-
-    The frame that is shown at `start`, then for each multiple of 1 / fps behind it the first frame from there on, each
-    frame once; `end` itself is not part of it. More than `most` are thinned evenly: of n the frames floor(i n / most).
-    Seconds count from the first frame of the file. Half a tick is forgiven: containers round times to their ticks.
-
-    Raises VideoFault for a start behind the end of the video.
-    """
-    if start and start >= index.seconds:
-        raise VideoFault(f"the start at {start:g} s is behind its end, it is {index.seconds:g} s long")
-    zero, slack, step = index.ticks[0], Fraction(1, 2), 1 / (Fraction(fps) * index.tick)
-    begin = zero + Fraction(start) / index.tick
-    stop = math.inf if end is None else zero + Fraction(end) / index.tick
-    shown = max(0, bisect.bisect_right(index.ticks, begin + slack) - 1)
-    chosen, wanted = [shown], begin + step
-    for number in range(shown + 1, len(index.ticks)):
-        at = index.ticks[number] + slack
-        if at - slack >= stop:
-            break
-        if at >= wanted:
-            chosen.append(number)
-            wanted = begin + step * ((at - begin) // step + 1)
-    if len(chosen) > most:
-        chosen = [chosen[i * len(chosen) // most] for i in range(most)]
-    return [(max(start, float((index.ticks[number] - zero) * index.tick)), number) for number in chosen]
 
 
 def main() -> None:
@@ -233,22 +182,18 @@ def _measure(av: Any, question: dict[str, Any], source: BinaryIO) -> dict[str, A
     container, stream = _open(av, source, question["pixels"])
     with container:
         by = "time" if _states_times(stream, container) else "order"
-        index, frame, fault = _read_index(stream, container) if by == "time" else _count_frames(stream, container)
+        index, frame = _read_index(stream, container) if by == "time" else _count_frames(stream, container)
     if index is None:
         by = "order"
         container, stream = _open(av, source, question["pixels"])
         with container:
-            index, frame, fault = _count_frames(stream, container)
-    if frame is None:
-        raise VideoFault(f"damaged or encrypted, not one frame can be decoded{': ' + fault if fault else ''}")
-    if fault and (question["end"] is None or question["end"] > index.seconds):
-        raise VideoFault(f"damaged or cut off after {index.seconds:g} s, an end before that can be chosen: {fault}")
+            index, frame = _count_frames(stream, container)
+    if index is None or frame is None:
+        why = "" if index is None or not index["fault"] else f": {index['fault']}"
+        raise VideoFault(f"damaged or encrypted, not one frame can be decoded{why}")
     height, width = _shown_size(frame, stream)
     _check_pixels(width, height, question["pixels"])
-    keys = index.ticks if by == "time" else range(len(index.ticks))
-    chosen = choose(index, question["fps"], question["start"], question["end"], question["most"])
-    frames = [[seconds, keys[number], index.firsts[number]] for seconds, number in chosen]
-    return {"height": height, "width": width, "by": by, "seconds": index.seconds, "frames": frames}
+    return {"height": height, "width": width, "by": by, **index}
 
 
 def _states_times(stream: Any, container: Any) -> bool:
@@ -257,15 +202,15 @@ def _states_times(stream: Any, container: Any) -> bool:
     return name != "mpegvideo" and not (name == "avi" and stream.codec_context.has_b_frames)
 
 
-def _read_index(stream: Any, container: Any) -> tuple[Index | None, Any, str]:
-    """The index, from what the container says about its packets, the first frame, and what is wrong with the file.
+def _read_index(stream: Any, container: Any) -> tuple[dict[str, Any] | None, Any]:
+    """The index, from what the container says about its packets, and the first frame.
 
     Only the first frame is decoded. None for the index where packets do not say when they are shown.
     """
     faults: list[str] = []  # of the container
     heard = 0.0  # end of the latest packet of any stream, seconds
     refused: list[str] = []  # by the decoder
-    shown: list[tuple[int, int, int]] = []  # time, number of the packet, how long
+    shown: list[tuple[int, int]] = []  # time, how long
     starts: list[tuple[int, int]] = []  # number and time of the packets that decoding can begin with
     frame = None
     number = -1
@@ -282,20 +227,26 @@ def _read_index(stream: Any, container: Any) -> tuple[Index | None, Any, str]:
         if not packet.size:
             continue
         if packet.pts is None:
-            return None, None, ""
+            return None, None
         if packet.is_keyframe:
             starts.append((number, packet.pts))
         if not packet.is_discard:
-            shown.append((packet.pts, number, packet.duration or 0))
+            shown.append((packet.pts, packet.duration or 0))
     if not shown or frame is None:
-        return Index([0], [0], stream.time_base, 0), None, "; ".join((faults + refused)[:1])
+        return {"fault": "; ".join((faults + refused)[:1])}, None
     if not faults and _declared(container) - heard > _SLACK_SECONDS:
         faults.append(f"it should be {_declared(container):g} s long")
     shown.sort()
-    ticks = [at for at, _, _ in shown]
-    last = shown[-1][2] or (ticks[-1] - ticks[-2] if len(ticks) > 1 else 0)
-    firsts = _firsts(ticks, starts)
-    return Index(ticks, firsts, Fraction(stream.time_base), last), frame, "; ".join(faults[:1])
+    ticks = [at for at, _ in shown]
+    last = shown[-1][1] or (ticks[-1] - ticks[-2] if len(ticks) > 1 else 0)
+    return _index(ticks, last, stream.time_base, starts, faults), frame
+
+
+def _index(
+    ticks: list[int], last: int, tick: Fraction, starts: list[tuple[int, int]], faults: list[str]
+) -> dict[str, Any]:
+    pair = [tick.numerator, tick.denominator]
+    return {"ticks": ticks, "last": last, "tick": pair, "starts": starts, "fault": "; ".join(faults[:1])}
 
 
 def _declared(container: Any) -> float:
@@ -305,22 +256,7 @@ def _declared(container: Any) -> float:
     return container.duration / 1e6
 
 
-def _firsts(ticks: Sequence[int], starts: Sequence[tuple[int, int]]) -> list[int]:
-    """For each frame the last packet to begin with that is shown no later; packets in the order of the file.
-
-    Frames that are shown before such a packet but stand behind it in the file may need what is before it.
-    """
-    by_time = sorted((at, number) for number, at in starts)
-    firsts, best, position = [], 0, 0
-    for at in ticks:
-        while position < len(by_time) and by_time[position][0] <= at:
-            best = max(best, by_time[position][1])
-            position += 1
-        firsts.append(best)
-    return firsts
-
-
-def _count_frames(stream: Any, container: Any) -> tuple[Index, Any, str]:
+def _count_frames(stream: Any, container: Any) -> tuple[dict[str, Any], Any]:
     """The index of a file without times: every frame is decoded, and they follow each other at the stated rate."""
     faults: list[str] = []
     first, count = None, 0
@@ -329,7 +265,7 @@ def _count_frames(stream: Any, container: Any) -> tuple[Index, Any, str]:
             first = frame if first is None else first
             count += 1
     rate = Fraction(stream.average_rate or stream.guessed_rate or _ASSUMED_RATE)
-    return Index(range(max(1, count)), [0] * max(1, count), 1 / rate, 1), first, "; ".join(faults[:1])
+    return _index([*range(count)], 1, 1 / rate, [], faults), first
 
 
 # --- frames as they are shown

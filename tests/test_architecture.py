@@ -35,6 +35,7 @@ EXCEPTIONS = {
     "engine/output.py": {"rich"},  # progress
     "engine/pdf_worker.py": {"pypdfium2"},  # runs in a process of its own
     "engine/audio_worker.py": {"av"},  # so does this
+    "engine/video_worker.py": {"av"},
     "export/demo/checkpoint.py": {"transformers"},  # compares the training code with the official model
     "export/self_check.py": {
         "tokenizers",

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from siglance.engine import Limits, video_worker
-from siglance.engine.errors import VideoError
+from siglance.engine.errors import InputError, VideoError
 from siglance.engine.video import Clip, clock, is_video, open_clip
-from siglance.engine.video_worker import Index, VideoFault, choose
+from siglance.engine.video_frames import Index, choose
 
 from .video_files import HEIGHT, WIDTH, clip, counter_picture, read_counter, sound_only
 
@@ -66,6 +66,12 @@ TABLE = {
     "from 1.5 to 3.5 s": (lambda: clip(100), {"start": 1.5, "end": 3.5}, [1.5, 2.52], [37, 63]),
     "from 2 s": (lambda: clip(100), {"start": 2.0}, [2, 3], [50, 75]),
     "to 2 s": (lambda: clip(100), {"end": 2.0}, [0, 1], [0, 25]),
+    "ten minutes": (
+        lambda: clip(1500, fps=Fraction(5, 2), options={"g": "50"}),
+        {},
+        [10 * n for n in range(60)],
+        [25 * n for n in range(60)],
+    ),
     "inside a frame that lasts": (lambda: clip(VARIABLE), {"start": 2.0, "end": 3.5}, [2.0], [5]),
     "a start that nothing begins at": (lambda: clip(VARIABLE), {"start": 3.0}, [3, 4, 5, 7.3], [5, 6, 9, 10]),
 }
@@ -106,10 +112,10 @@ def test_laws_of_choosing(gaps, fps, start_ms, most):
     """Ascending, each once, at most as many as allowed, no gap longer than a step where there are frames, and the first
     is what is shown at the start."""
     ticks = np.cumsum([1000, *gaps]).tolist()
-    index = Index(ticks, [0] * len(ticks), Fraction(1, 1000), 40)
+    index = Index(ticks, 40, Fraction(1, 1000), [])
     start = start_ms / 1000
     if start and start >= index.seconds:
-        with pytest.raises(VideoFault, match="behind its end"):
+        with pytest.raises(InputError, match="behind its end"):
             choose(index, fps, start, None, most)
         return
     every = choose(index, fps, start, None, 10**6)

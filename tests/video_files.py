@@ -48,7 +48,7 @@ def read_counter(picture: np.ndarray) -> int:
 def clip(
     times: Sequence[Fraction | float] | int = 50,
     *,
-    fps: int = 25,
+    fps: int | Fraction = 25,
     container: str = "mp4",
     codec: str = "libx264",
     options: dict[str, str] | None = None,
@@ -82,8 +82,8 @@ def clip(
     """
     file = io.BytesIO()
     constant = isinstance(times, int)
-    shown = [Fraction(number, fps) for number in range(times)] if constant else [Fraction(time) for time in times]
-    base = time_base or (Fraction(1, fps) if constant else Fraction(1, 1000))
+    shown = [Fraction(number) / fps for number in range(times)] if constant else [Fraction(time) for time in times]
+    base = time_base or (1 / Fraction(fps) if constant else Fraction(1, 1000))
     with av.open(path or file, "w", format=container, options=container_options or {}) as output:
         stream: Any = output.add_stream(codec, rate=fps, options=options or {})
         stream.height, stream.width = size or (height, WIDTH)
@@ -108,7 +108,7 @@ def clip(
             output.mux(stream.encode(frame))
         output.mux(stream.encode(None))
         if sound is not None:
-            _silence(output, sound, float(shown[-1]) + 1 / fps)
+            _silence(output, sound, float(shown[-1] + 1 / Fraction(fps)))
     return path.read_bytes() if path else file.getvalue()
 
 
