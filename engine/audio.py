@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
+import io
 import json
 import math
 import os
@@ -37,6 +38,9 @@ _WORKER = Path(__file__).with_name("audio_worker.py")
 _PCM_RATE = 16_000  # of raw PCM that does not say: what the APIs that take it expect
 _RATES = (1, 384_000)
 _MOST_CHANNELS = 64
+_HEAD = 4096  # bytes that tell most formats
+_MOST_BOXES, _LARGEST_INDEX = 1000, 16 * 2**20  # of an MP4 that is looked through
+_HANDLER = re.compile(rb"hdlr.{8}(soun|vide)", re.DOTALL)
 _LOUDEST = 2.0  # decoders of lossy formats go a little beyond full scale; integers that were not scaled go far
 
 
@@ -136,19 +140,43 @@ def open_sound(
 
 
 def is_sound(data: bytes) -> bool:
-    """Whether an encoded file says that it is a sound without moving pictures, in its first bytes."""
-    head = data[:4096]
+    """Whether an encoded file says that it is a sound without moving pictures.
+
+    Its first bytes say so, except for MP4: there the whole file is needed.
+    """
+    head = data[:_HEAD]
     if head[:4] in (b"RIFF", b"RF64", b"RIFX"):
         return head[8:12] == b"WAVE"
     if head[:4] == b"OggS":
         return b"\x80theora" not in head
     if head[4:8] == b"ftyp":
-        return head[8:12] in (b"M4A ", b"M4B ", b"F4A ", b"F4B ")
+        return _has_only_sound(io.BytesIO(data))
     if head[:4] == b"\x1aE\xdf\xa3":
         return b"A_" in head and b"V_" not in head  # codec names of Matroska and WebM
     if head[:4] == b"FORM":
         return head[8:12] in (b"AIFF", b"AIFC")
     return head.startswith((b"fLaC", b"ID3", b"#!AMR", b"caff", b".snd", b"riff\x2e\x91\xcf\x11")) or _is_mpeg(head)
+
+
+def _has_only_sound(file: BinaryIO) -> bool:
+    """Whether an MP4 has a track of sound and none of moving pictures. Boxes are walked through, wherever they are."""
+    place = file.tell()
+    for _ in range(_MOST_BOXES):
+        file.seek(place)
+        header = file.read(16)
+        if len(header) < 8:
+            return False
+        size = int.from_bytes(header[:4], "big")
+        if size == 1:
+            size = int.from_bytes(header[8:16], "big")
+        if header[4:8] == b"moov":
+            file.seek(place)
+            kinds = set(_HANDLER.findall(file.read(min(size, _LARGEST_INDEX) if size else _LARGEST_INDEX)))
+            return b"soun" in kinds and b"vide" not in kinds
+        if size < 8:  # 0 is up to the end of the file
+            return False
+        place += size
+    return False
 
 
 def _is_mpeg(head: bytes) -> bool:
@@ -172,24 +200,36 @@ def is_sound_source(source: object) -> bool:
     File objects that cannot go back are not looked into: they are not sounds unless `Audio` says so.
     """
     if isinstance(source, bytes | bytearray | memoryview):
-        return is_sound(bytes(memoryview(source).cast("B")[:4096]))
+        view = memoryview(source).cast("B")
+        return is_sound(bytes(view if view[4:8] == b"ftyp" else view[:_HEAD]))
     if isinstance(source, str) and is_data_uri(source):
         return data_uri_type(source).startswith("audio/")
     if isinstance(source, str | os.PathLike):
         name = os.fsdecode(source)
         try:
+            if not os.path.isfile(name):  # reading from a pipe would take something out of it
+                return _SOUND_NAME.fullmatch(name) is not None and not os.path.exists(name)
             with open(name, "rb") as file:
-                return is_sound(file.read(4096)) or name.lower().endswith(".pcm")
+                return name.lower().endswith(".pcm") or _begins_sound(file)
         except (OSError, ValueError):
             return _SOUND_NAME.fullmatch(name) is not None
     if callable(getattr(source, "seekable", None)) and cast(BinaryIO, source).seekable():
-        file = cast(BinaryIO, source)
         with contextlib.suppress(OSError, ValueError, TypeError):
-            place = file.tell()
-            head = file.read(4096)
-            file.seek(place)
-            return isinstance(head, bytes) and is_sound(head)
+            return _begins_sound(cast(BinaryIO, source))
     return False
+
+
+def _begins_sound(file: BinaryIO) -> bool:
+    """Whether the file from its current position on, to which it goes back, is a sound."""
+    place = file.tell()
+    try:
+        head = file.read(_HEAD)
+        if not isinstance(head, bytes):
+            return False
+        file.seek(place)
+        return _has_only_sound(file) if head[4:8] == b"ftyp" else is_sound(head)
+    finally:
+        file.seek(place)
 
 
 @contextlib.contextmanager

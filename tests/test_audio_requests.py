@@ -428,6 +428,15 @@ def test_the_command_line_refuses_sounds_in_one_line(siglance, engine, tmp_path)
         assert reason in err
 
 
+def test_a_part_of_a_sound_on_the_command_line(siglance, engine, tmp_path):
+    path = tmp_path / "long.wav"
+    path.write_bytes(wav(np.zeros(16_000 * 31, np.float32)))
+    code, out, _ = siglance("count-tokens", engine.bundle.folder, "-i", path, "--start", 2, "--end", 4, "--json")
+    assert (code, json.loads(out)["audio"]) == (0, 50)
+    code, _, err = siglance("count-tokens", engine.bundle.folder, "-i", path, "--fps", 2)
+    assert (code, "--fps 2: none of the files is a video\n" in err) == (1, True)
+
+
 def test_inspect_shows_ears(siglance, engine):
     code, out, _ = siglance("inspect", engine.bundle.folder, "--json")
     facts = json.loads(out)
