@@ -28,7 +28,7 @@ import numpy.typing as npt
 from .errors import AudioError, InputError
 from .known_files import NOTHING_KNOWN, KnownFiles, file_key
 from .limits import DEFAULT_LIMITS, Limits
-from .sources import FileSource, data_uri_type, file_name, is_data_uri, read_source
+from .sources import FileSource, data_uri_type, file_name, is_data_uri, is_regular, read_source
 
 __all__ = ["AudioSource", "Sound", "is_sound", "is_sound_source", "open_sound"]
 
@@ -77,6 +77,7 @@ def open_sound(
     end: float | None = None,
     sample_rate: int | None = None,
     limits: Limits = DEFAULT_LIMITS,
+    max_bytes: int | None = None,
     known: KnownFiles = NOTHING_KNOWN,
     name: str = "audio",
 ) -> Sound:
@@ -96,6 +97,8 @@ def open_sound(
             first, one channel. Files called .pcm and data URIs of audio/pcm and audio/l16 are that at 16,000 samples a
             second, or what `rate=` says.
         limits: `max_bytes`, `max_audio_seconds`, `max_audio_memory`.
+        max_bytes: of the file, instead of the one among the limits: for sounds of videos. A path is not held in memory
+            then, and the file is decoded at once.
         known: facts about files that were read before.
         name: how error messages call this sound, for example "audio 2 (call.mp3)".
 
@@ -120,7 +123,12 @@ def open_sound(
             _check_length(len(waveform), rate, longest, why)
             return Sound(name, len(waveform), rate, lambda: waveform)
         assert not isinstance(source, np.ndarray)
-        data = read_source(source, limits.max_bytes)
+        if max_bytes is not None and is_regular(source, max_bytes):
+            with open(cast("str | os.PathLike[str]", source), "rb") as file:
+                waveform = _ask(question, file, limits)
+            _check_length(len(waveform), rate, longest, why)
+            return Sound(name, len(waveform), rate, lambda: waveform)
+        data = read_source(source, limits.max_bytes if max_bytes is None else max_bytes)
         if not data:
             raise AudioError("empty, 0 bytes")
 
@@ -309,8 +317,8 @@ def _cut(samples: npt.NDArray[np.float32], rate: int, start: float, end: float |
     return samples[first : None if end is None else round(end * rate)].copy()
 
 
-def _ask(question: dict[str, Any], data: bytes, limits: Limits) -> npt.NDArray[np.float32]:
-    """Put one question to a new worker process: the samples it answers with."""
+def _ask(question: dict[str, Any], data: bytes | BinaryIO, limits: Limits) -> npt.NDArray[np.float32]:
+    """Put one question about a file to a new worker process: the samples it answers with."""
     _require_worker()
     header = {
         **question,
@@ -318,10 +326,11 @@ def _ask(question: dict[str, Any], data: bytes, limits: Limits) -> npt.NDArray[n
         "memory": limits.max_audio_memory,
         "seconds": limits.max_audio_seconds,
     }
+    given: dict[str, Any] = {"input": data} if isinstance(data, bytes) else {"stdin": data}
     try:
         done = subprocess.run(
             [sys.executable, "-I", _WORKER, json.dumps(header)],
-            input=data,
+            **given,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             timeout=limits.max_audio_seconds,
