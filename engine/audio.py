@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
+import io
 import json
 import math
 import os
@@ -27,7 +28,7 @@ import numpy.typing as npt
 from .errors import AudioError, InputError
 from .known_files import NOTHING_KNOWN, KnownFiles, file_key
 from .limits import DEFAULT_LIMITS, Limits
-from .sources import FileSource, data_uri_type, file_name, is_data_uri, read_source
+from .sources import FileSource, data_uri_type, file_name, is_data_uri, is_regular, read_source
 
 __all__ = ["AudioSource", "Sound", "is_sound", "is_sound_source", "open_sound"]
 
@@ -37,6 +38,9 @@ _WORKER = Path(__file__).with_name("audio_worker.py")
 _PCM_RATE = 16_000  # of raw PCM that does not say: what the APIs that take it expect
 _RATES = (1, 384_000)
 _MOST_CHANNELS = 64
+_HEAD = 4096  # bytes that tell most formats
+_MOST_BOXES, _LARGEST_INDEX = 1000, 16 * 2**20  # of an MP4 that is looked through
+_HANDLER = re.compile(rb"hdlr.{8}(soun|vide)", re.DOTALL)
 _LOUDEST = 2.0  # decoders of lossy formats go a little beyond full scale; integers that were not scaled go far
 
 
@@ -73,6 +77,7 @@ def open_sound(
     end: float | None = None,
     sample_rate: int | None = None,
     limits: Limits = DEFAULT_LIMITS,
+    max_bytes: int | None = None,
     known: KnownFiles = NOTHING_KNOWN,
     name: str = "audio",
 ) -> Sound:
@@ -92,6 +97,8 @@ def open_sound(
             first, one channel. Files called .pcm and data URIs of audio/pcm and audio/l16 are that at 16,000 samples a
             second, or what `rate=` says.
         limits: `max_bytes`, `max_audio_seconds`, `max_audio_memory`.
+        max_bytes: of the file, instead of the one among the limits: for sounds of videos. A path is not held in memory
+            then, and the file is decoded at once.
         known: facts about files that were read before.
         name: how error messages call this sound, for example "audio 2 (call.mp3)".
 
@@ -116,7 +123,12 @@ def open_sound(
             _check_length(len(waveform), rate, longest, why)
             return Sound(name, len(waveform), rate, lambda: waveform)
         assert not isinstance(source, np.ndarray)
-        data = read_source(source, limits.max_bytes)
+        if max_bytes is not None and is_regular(source, max_bytes):
+            with open(cast("str | os.PathLike[str]", source), "rb") as file:
+                waveform = _ask(question, file, limits)
+            _check_length(len(waveform), rate, longest, why)
+            return Sound(name, len(waveform), rate, lambda: waveform)
+        data = read_source(source, limits.max_bytes if max_bytes is None else max_bytes)
         if not data:
             raise AudioError("empty, 0 bytes")
 
@@ -136,19 +148,43 @@ def open_sound(
 
 
 def is_sound(data: bytes) -> bool:
-    """Whether an encoded file says that it is a sound without moving pictures, in its first bytes."""
-    head = data[:4096]
+    """Whether an encoded file says that it is a sound without moving pictures.
+
+    Its first bytes say so, except for MP4: there the whole file is needed.
+    """
+    head = data[:_HEAD]
     if head[:4] in (b"RIFF", b"RF64", b"RIFX"):
         return head[8:12] == b"WAVE"
     if head[:4] == b"OggS":
         return b"\x80theora" not in head
     if head[4:8] == b"ftyp":
-        return head[8:12] in (b"M4A ", b"M4B ", b"F4A ", b"F4B ")
+        return _has_only_sound(io.BytesIO(data))
     if head[:4] == b"\x1aE\xdf\xa3":
         return b"A_" in head and b"V_" not in head  # codec names of Matroska and WebM
     if head[:4] == b"FORM":
         return head[8:12] in (b"AIFF", b"AIFC")
     return head.startswith((b"fLaC", b"ID3", b"#!AMR", b"caff", b".snd", b"riff\x2e\x91\xcf\x11")) or _is_mpeg(head)
+
+
+def _has_only_sound(file: BinaryIO) -> bool:
+    """Whether an MP4 has a track of sound and none of moving pictures. Boxes are walked through, wherever they are."""
+    place = file.tell()
+    for _ in range(_MOST_BOXES):
+        file.seek(place)
+        header = file.read(16)
+        if len(header) < 8:
+            return False
+        size = int.from_bytes(header[:4], "big")
+        if size == 1:
+            size = int.from_bytes(header[8:16], "big")
+        if header[4:8] == b"moov":
+            file.seek(place)
+            kinds = set(_HANDLER.findall(file.read(min(size, _LARGEST_INDEX) if size else _LARGEST_INDEX)))
+            return b"soun" in kinds and b"vide" not in kinds
+        if size < 8:  # 0 is up to the end of the file
+            return False
+        place += size
+    return False
 
 
 def _is_mpeg(head: bytes) -> bool:
@@ -172,24 +208,36 @@ def is_sound_source(source: object) -> bool:
     File objects that cannot go back are not looked into: they are not sounds unless `Audio` says so.
     """
     if isinstance(source, bytes | bytearray | memoryview):
-        return is_sound(bytes(memoryview(source).cast("B")[:4096]))
+        view = memoryview(source).cast("B")
+        return is_sound(bytes(view if view[4:8] == b"ftyp" else view[:_HEAD]))
     if isinstance(source, str) and is_data_uri(source):
         return data_uri_type(source).startswith("audio/")
     if isinstance(source, str | os.PathLike):
         name = os.fsdecode(source)
         try:
+            if not os.path.isfile(name):  # reading from a pipe would take something out of it
+                return _SOUND_NAME.fullmatch(name) is not None and not os.path.exists(name)
             with open(name, "rb") as file:
-                return is_sound(file.read(4096)) or name.lower().endswith(".pcm")
+                return name.lower().endswith(".pcm") or _begins_sound(file)
         except (OSError, ValueError):
             return _SOUND_NAME.fullmatch(name) is not None
     if callable(getattr(source, "seekable", None)) and cast(BinaryIO, source).seekable():
-        file = cast(BinaryIO, source)
         with contextlib.suppress(OSError, ValueError, TypeError):
-            place = file.tell()
-            head = file.read(4096)
-            file.seek(place)
-            return isinstance(head, bytes) and is_sound(head)
+            return _begins_sound(cast(BinaryIO, source))
     return False
+
+
+def _begins_sound(file: BinaryIO) -> bool:
+    """Whether the file from its current position on, to which it goes back, is a sound."""
+    place = file.tell()
+    try:
+        head = file.read(_HEAD)
+        if not isinstance(head, bytes):
+            return False
+        file.seek(place)
+        return _has_only_sound(file) if head[4:8] == b"ftyp" else is_sound(head)
+    finally:
+        file.seek(place)
 
 
 @contextlib.contextmanager
@@ -269,8 +317,8 @@ def _cut(samples: npt.NDArray[np.float32], rate: int, start: float, end: float |
     return samples[first : None if end is None else round(end * rate)].copy()
 
 
-def _ask(question: dict[str, Any], data: bytes, limits: Limits) -> npt.NDArray[np.float32]:
-    """Put one question to a new worker process: the samples it answers with."""
+def _ask(question: dict[str, Any], data: bytes | BinaryIO, limits: Limits) -> npt.NDArray[np.float32]:
+    """Put one question about a file to a new worker process: the samples it answers with."""
     _require_worker()
     header = {
         **question,
@@ -278,10 +326,11 @@ def _ask(question: dict[str, Any], data: bytes, limits: Limits) -> npt.NDArray[n
         "memory": limits.max_audio_memory,
         "seconds": limits.max_audio_seconds,
     }
+    given: dict[str, Any] = {"input": data} if isinstance(data, bytes) else {"stdin": data}
     try:
         done = subprocess.run(
             [sys.executable, "-I", _WORKER, json.dumps(header)],
-            input=data,
+            **given,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             timeout=limits.max_audio_seconds,

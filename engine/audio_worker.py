@@ -66,11 +66,16 @@ def main() -> None:
     import av.subtitles.subtitle
     import numpy
 
-    data = sys.stdin.buffer.read()
+    source: BinaryIO = sys.stdin.buffer
+    held = 0
+    if not source.seekable():
+        data = source.read()
+        source, held = io.BytesIO(data), len(data)
+        del data
     limit_resources = runpy.run_path(str(Path(__file__).with_name("pdf_worker.py")))["limit_resources"]
-    limit_resources(question["memory"] + len(data), question["seconds"])
+    limit_resources(question["memory"] + held, question["seconds"])
     _open_nothing_more()
-    answer(av, numpy, question, data, sys.stdout.buffer)
+    answer(av, numpy, question, source, sys.stdout.buffer)
 
 
 def _open_nothing_more() -> None:
@@ -82,10 +87,11 @@ def _open_nothing_more() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (0, 0))
 
 
-def answer(av: Any, numpy: Any, question: dict[str, Any], data: bytes, out: BinaryIO) -> None:
-    """Write the answer to `question` about the file `data`. A MemoryError ends the process, as crashes do."""
+def answer(av: Any, numpy: Any, question: dict[str, Any], source: BinaryIO, out: BinaryIO) -> None:
+    """Write the answer to `question` about the file `source`, which can seek. A MemoryError ends the process, as
+    crashes do."""
     try:
-        samples = _decode(av, numpy, question, data)
+        samples = _decode(av, numpy, question, source)
     except SoundFault as fault:
         out.write(json.dumps({"error": str(fault)}).encode() + b"\n")
     else:
@@ -125,13 +131,13 @@ class _Window:
         return self._numpy.concatenate([self._numpy.empty(0, self._numpy.float32), *self._kept])
 
 
-def _decode(av: Any, numpy: Any, question: dict[str, Any], data: bytes) -> Any:
+def _decode(av: Any, numpy: Any, question: dict[str, Any], source: BinaryIO) -> Any:
     window = _Window(numpy, question)
     mixer = _Mixer(av, numpy, question["rate"], window)
     if question["raw"] is not None:
-        _feed_raw(av, numpy, question["raw"], data, mixer)
+        _feed_raw(av, numpy, question["raw"], source.read(), mixer)
         return window.samples()
-    container, stream = _open(av, data)
+    container, stream = _open(av, source)
     with container:
         stream.codec_context.thread_count = 1
         faults = _feed(container, stream, mixer, window)
@@ -142,17 +148,17 @@ def _decode(av: Any, numpy: Any, question: dict[str, Any], data: bytes) -> Any:
             raise SoundFault(f"damaged, {faults[0]}; a part before that can be chosen with an end")
         if not window.full:
             _check_length(container, stream, seconds)
-            _check_wave(data)
+            _check_wave(source)
         if question["start"] and window.passed <= window.first:
             raise SoundFault(f"the start at {question['start']:g} s is behind its end, it is {seconds:g} s long")
     return window.samples()
 
 
-def _open(av: Any, data: bytes) -> tuple[Any, Any]:
+def _open(av: Any, source: BinaryIO) -> tuple[Any, Any]:
     """The container and its sound."""
     options = {"format_whitelist": ",".join(FORMATS), "protocol_whitelist": "none"}
     try:
-        container = av.open(io.BytesIO(data), container_options=options)
+        container = av.open(source, container_options=options)
     except MemoryError:
         raise
     except Exception as error:  # FFmpegError, and what a decoder that does not exist becomes
@@ -222,20 +228,21 @@ def _check_length(container: Any, stream: Any, seconds: float) -> None:
         )
 
 
-def _check_wave(data: bytes) -> None:
+def _check_wave(source: BinaryIO) -> None:
     """Raise SoundFault for a WAV whose samples end before its header says; FFmpeg takes what is there.
 
     Programs that cannot go back in what they write say 0 or the greatest number: then the end of the file counts.
     """
-    place = 12
-    while data[:4] == b"RIFF" and place + 8 <= len(data):
-        name, size = data[place : place + 4], int.from_bytes(data[place + 4 : place + 8], "little")
+    whole, place = source.seek(0, io.SEEK_END), 12
+    source.seek(0)
+    wave = source.read(4) == b"RIFF"
+    while wave and place + 8 <= whole:
+        source.seek(place)
+        name, size = source.read(4), int.from_bytes(source.read(4), "little")
         place += 8
         if name == b"data":
-            if 0 < size < 0xFFFFFF00 and place + size > len(data):
-                raise SoundFault(
-                    f"cut off, {len(data) - place} of {size} bytes of samples are there; an end can be chosen"
-                )
+            if 0 < size < 0xFFFFFF00 and place + size > whole:
+                raise SoundFault(f"cut off, {whole - place} of {size} bytes of samples are there; an end can be chosen")
             return
         place += size + size % 2
 

@@ -16,7 +16,7 @@ from . import output
 from .chat import Chat
 from .engine import Engine
 from .errors import InputError, SiglanceError
-from .parts import Image, Pdf, Video, turns_of
+from .parts import Audio, Image, Pdf, Video, turns_of
 from .prompt import Text
 from .reply import Chunk, Reply
 from .reply_writer import ReplyWriter, remarks
@@ -37,7 +37,7 @@ Ctrl-C stops a reply; a turn that is stopped or fails is not kept."""
 _PROMPT = "> "
 
 
-def converse(engine: Engine, chat: Chat, *, name: str, attach: Callable[[str], Image | Pdf | Video]) -> None:
+def converse(engine: Engine, chat: Chat, *, name: str, attach: Callable[[str], Image | Pdf | Video | Audio]) -> None:
     """Talk until the input ends.
 
     Args:
@@ -81,12 +81,12 @@ def _lines(interactive: bool) -> Iterator[str]:
 class _Loop:
     """The conversation of one run of the program."""
 
-    def __init__(self, engine: Engine, chat: Chat, name: str, attach: Callable[[str], Image | Pdf | Video]):
+    def __init__(self, engine: Engine, chat: Chat, name: str, attach: Callable[[str], Image | Pdf | Video | Audio]):
         self._engine = engine
         self._chat = chat
         self._name = name
         self._attach = attach
-        self._attached: list[tuple[Image | Pdf | Video, str]] = []
+        self._attached: list[tuple[Image | Pdf | Video | Audio, str]] = []
         self._turns: list[dict[str, Any]] = []  # what /save writes
         self._calls: list[str] = []  # functions whose results the model waits for
         self._results: list[ToolResult] = []  # those that are there

@@ -17,6 +17,7 @@ import numpy as np
 import typer
 
 from . import output
+from .audio import is_sound_source
 from .bundle import Bundle
 from .chat_command import converse
 from .engine import DEFAULT_MAX_TOKENS, Engine
@@ -52,7 +53,7 @@ from .options import (
     TopKOption,
     TopPOption,
 )
-from .parts import Image, PartLike, Pdf, Video
+from .parts import Audio, Image, PartLike, Pdf, Video
 from .prompt import Text
 from .reply import Reply
 from .reply_writer import ReplyWriter, remarks
@@ -369,7 +370,7 @@ def count_tokens(
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Scene:
-    """What is wanted of videos."""
+    """What is wanted of videos, and of sounds but for the frames."""
 
     fps: float | None
     start: float | None
@@ -384,23 +385,25 @@ def _parts(images: list[str] | None, pages: str | None, scene: _Scene, prompt: s
     return [*_attached(images, pages, scene), *([Text(prompt)] if prompt else [])]
 
 
-def _attached(images: list[str] | None, pages: str | None, scene: _Scene) -> list[Image | Pdf | Video]:
+def _attached(images: list[str] | None, pages: str | None, scene: _Scene) -> list[Image | Pdf | Video | Audio]:
     attached = [_file(argument, pages, scene) for argument in images or []]
-    if str(scene) and not any(isinstance(part, Video) for part in attached):
-        raise InputError(f"{scene}: none of the files is a video")
+    if str(scene) and not any(isinstance(part, Video | Audio) for part in attached):
+        raise InputError(f"{scene}: none of the files is a video{'' if scene.fps is not None else ' or a sound'}")
     if pages is not None and not any(isinstance(part, Pdf) for part in attached):
         raise InputError(f"--pages {pages}: none of the files is a PDF")
     return attached
 
 
-def _file(argument: str, pages: str | None, scene: _Scene) -> Image | Pdf | Video:
+def _file(argument: str, pages: str | None, scene: _Scene) -> Image | Pdf | Video | Audio:
     """FILE or FILE@BUDGET; a file whose name really ends in @digits is found under its full name."""
     name, separator, budget = argument.rpartition("@")
     has_budget = separator and budget.isdecimal() and not os.path.exists(argument)
     source = name if has_budget else argument
     source = source if source.lower().startswith("data:") else Path(source)
     tokens = int(budget) if has_budget else None
-    if is_moving(source):
+    if str(scene) and scene.fps is None and tokens is None and is_sound_source(source):
+        return Audio(source, scene.start or 0.0, scene.end)
+    if is_moving(source) and not is_sound_source(source):
         return Video(source, scene.fps, scene.start, scene.end, tokens)
     return Pdf(source, pages, tokens) if pages is not None and is_document(source) else Image(source, tokens)
 

@@ -4,9 +4,10 @@ decoded when needed."""
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, cast
@@ -21,10 +22,11 @@ from .known_files import NOTHING_KNOWN, KnownFiles, file_key
 from .limits import DEFAULT_LIMITS, Limits
 from .parts import Image, Pdf, Video
 from .pdf import Page, is_pdf, open_pages
+from .sounds import PreparedSound
 from .sources import file_name, is_data_uri, read_source
 from .video import Clip, is_video, open_clip
 
-__all__ = ["PictureSource", "is_document", "is_moving", "part_name", "read_media", "read_video"]
+__all__ = ["PictureSource", "interleaved", "is_document", "is_moving", "part_name", "read_media", "read_video"]
 
 # A page is drawn this many times larger per side than the model sees it, so that the one resampler of the engine does
 # the last step for pages as it does for photographs.
@@ -110,6 +112,27 @@ def read_video(part: Video, number: int, limits: Limits, fps: float) -> PictureS
         raise AssertionError("the frames of a video come from its clip")
 
     return PictureSource(name, "video", size, size, no_pixels, clip=clip)
+
+
+def interleaved(
+    video: PictureSource, sounds: Sequence[PreparedSound], begin: float
+) -> list[PictureSource | PreparedSound]:
+    """The frames of a video and its sound, which starts at second `begin`, in the order of time.
+
+    For each clip of sound the frames shown while it lasts, then the clip. Frames behind the end of the sound belong to
+    the last one.
+    """
+    assert video.clip is not None
+    times, media, first, second = video.clip.times, [], 0, begin
+    for index, sound in enumerate(sounds):
+        second += sound.seconds
+        last = index == len(sounds) - 1
+        end = len(times) if last else first + sum(time < second for time in times[first:])
+        if first < end:
+            media.append(dataclasses.replace(video, clip=video.clip.part(first, end)))
+        media.append(sound)
+        first = end
+    return media
 
 
 def is_moving(source: object) -> bool:

@@ -62,8 +62,10 @@ FpsOption = Annotated[
     float | None,
     typer.Option("--fps", metavar="F", help="Frames a second of the videos. Otherwise the bundle's own, 1 as a rule."),
 ]
-StartOption = Annotated[float | None, typer.Option("--start", metavar="S", help="Second at which the videos begin.")]
-EndOption = Annotated[float | None, typer.Option("--end", metavar="S", help="Second at which the videos end.")]
+StartOption = Annotated[
+    float | None, typer.Option("--start", metavar="S", help="Second at which videos and sounds begin.")
+]
+EndOption = Annotated[float | None, typer.Option("--end", metavar="S", help="Second at which videos and sounds end.")]
 LimitOption = Annotated[
     list[str] | None,
     typer.Option(

@@ -11,12 +11,13 @@ from typing import Any, BinaryIO
 
 import PIL.Image
 
+from .audio import is_sound_source
 from .draw import draw_boxes
 from .errors import InputError
 from .limits import Limits
 from .logprobs import Logprob
 from .media import PictureSource, read_media
-from .parts import Image, Pdf, Video
+from .parts import Audio, Image, Pdf, Video
 from .reply import Candidate, Reply
 from .self_test import VerifyReport
 
@@ -132,10 +133,12 @@ def verify_json(report: VerifyReport) -> dict[str, Any]:
     return dataclasses.asdict(report)
 
 
-def canvas(part: Image | Pdf | Video, limits: Limits) -> PictureSource:
+def canvas(part: Image | Pdf | Video | Audio, limits: Limits) -> PictureSource:
     """The one picture of a part, to draw on. Raises InputError if the part has several."""
-    if isinstance(part, Video):
-        raise InputError("--draw needs a picture, it does not draw on videos")
+    if isinstance(part, Video | Audio) or is_sound_source(part.source):
+        raise InputError(
+            f"--draw needs a picture, it does not draw on {'videos' if isinstance(part, Video) else 'sounds'}"
+        )
     pictures = read_media(part, 1, limits)
     if len(pictures) != 1:
         raise InputError(

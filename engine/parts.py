@@ -90,6 +90,8 @@ class Video:
         end: seconds from the first frame of the file, not included; None is the end.
         tokens: token budget of each frame; None is the bundle's default for frames (70), whatever the request says
             about images.
+        sound: whether the model hears it too. The video then becomes several, one for each clip of sound that the model
+            can hear at once (30 s), each followed by its sound.
     """
 
     source: FileSource
@@ -97,6 +99,7 @@ class Video:
     start: float | None = None
     end: float | None = None
     tokens: int | None = None
+    sound: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)

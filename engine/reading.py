@@ -19,7 +19,7 @@ from .errors import BundleError, ContextFull, InputError, PromptError
 from .known_files import NOTHING_KNOWN, KnownFiles
 from .limits import Limits
 from .manifest import Manifest
-from .media import is_moving, part_name, read_media, read_video
+from .media import PictureSource, interleaved, is_moving, part_name, read_media, read_video
 from .parts import Audio, Conversation, Image, Pdf, Video, Words, turns_of
 from .pictures import PreparedPicture, assign_spans, lay_out
 from .prompt import Message, Prompt, PromptBuilder, Text, sole_turn
@@ -134,7 +134,7 @@ class Reader:
         if isinstance(part, Image) and is_moving(part.source):
             part = Video(cast(FileSource, part.source), tokens=part.tokens)
         if isinstance(part, Video):
-            return [self._read_video(part, clock, number)]
+            return self._read_video(part, clock, number)
         if self._manifest.image is None:
             raise PromptError(
                 f"{'document' if isinstance(part, Pdf) else 'image'} {number}: this bundle has no vision input "
@@ -151,7 +151,7 @@ class Reader:
         budget = image_tokens if part.tokens is None else part.tokens
         return [lay_out(source, self._manifest.image, budget, pan_and_scan=pan_and_scan) for source in sources]
 
-    def _read_video(self, part: Video, clock: StageClock, number: int) -> PreparedPicture:
+    def _read_video(self, part: Video, clock: StageClock, number: int) -> list[Prepared]:
         image, video = self._manifest.image, self._manifest.video
         if image is None or video is None:
             raise PromptError(
@@ -160,10 +160,23 @@ class Reader:
         with clock.stage("decode_file"):
             source = read_video(part, number, self._limits, video.fps)
         facts = dataclasses.replace(image, budgets=video.budgets, default_budget=video.default_budget)
-        return lay_out(source, facts, part.tokens)
+        if not part.sound:
+            return [lay_out(source, facts, part.tokens)]
+        begin = part.start or 0.0
+        heard = Audio(part.source, begin, part.end, split=True)
+        clips = self._read_sound(heard, clock, number, NOTHING_KNOWN, self._limits.max_video_bytes)
+        return [
+            lay_out(medium, facts, part.tokens) if isinstance(medium, PictureSource) else medium
+            for medium in interleaved(source, clips, begin)
+        ]
 
     def _read_sound(
-        self, part: Audio | EncodedSound, clock: StageClock, number: int, known: KnownFiles
+        self,
+        part: Audio | EncodedSound,
+        clock: StageClock,
+        number: int,
+        known: KnownFiles,
+        max_bytes: int | None = None,
     ) -> Sequence[PreparedSound]:
         facts = self._manifest.audio
         if facts is None:
@@ -188,6 +201,7 @@ class Reader:
                 end=part.end,
                 sample_rate=part.sample_rate,
                 limits=self._limits,
+                max_bytes=max_bytes,
                 known=known,
                 name=part_name("audio", number, part.source),
             )

@@ -13,7 +13,7 @@ from typing import BinaryIO, cast
 
 from .errors import InputError
 
-__all__ = ["FileSource", "data_uri_type", "file_name", "is_data_uri", "one_line", "read_source"]
+__all__ = ["FileSource", "data_uri_type", "file_name", "is_data_uri", "is_regular", "one_line", "read_source"]
 
 FileSource = str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO
 """A path or a data URI (str), a path (os.PathLike), the file itself, or an open binary file (it need not seek)."""
@@ -56,6 +56,20 @@ def is_data_uri(source: str) -> bool:
 def data_uri_type(uri: str) -> str:
     """Media type and parameters of a data URI, in lower case: "audio/pcm;rate=24000". Raises InputError."""
     return _split_data_uri(uri)[0].partition(":")[2].strip().lower()
+
+
+def is_regular(source: object, max_bytes: int) -> bool:
+    """Whether a source is the path of a regular file that can be opened again. Raises InputError for a larger one."""
+    if not isinstance(source, str | os.PathLike) or (isinstance(source, str) and is_data_uri(source)):
+        return False
+    try:
+        status = os.stat(source)
+    except (OSError, ValueError):
+        return False  # `read_source` says why
+    if stat.S_ISREG(status.st_mode):
+        _check_bytes(status.st_size, max_bytes)
+        return True
+    return False
 
 
 def file_name(source: object) -> str:

@@ -6,6 +6,7 @@ or a few times for the chosen ones. A file on disk is read by that process and n
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import math
@@ -121,6 +122,10 @@ class Clip:
     _by: str
     _targets: tuple[tuple[int, int], ...]
     _waiting: dict[tuple[int, int, int, str], npt.NDArray[np.uint8]] = field(default_factory=dict)
+
+    def part(self, first: int, end: int) -> Clip:
+        """The frames `first` to `end` (not included) by themselves."""
+        return dataclasses.replace(self, times=self.times[first:end], _targets=self._targets[first:end], _waiting={})
 
     def pixels(self, frame: int, height: int, width: int, resample: str) -> npt.NDArray[np.uint8]:
         """Frame number `frame` resized to uint8 [height, width, 3]; `resample` is "bicubic" or "bilinear".

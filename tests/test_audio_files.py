@@ -407,8 +407,8 @@ def test_a_known_file_is_decoded_only_when_its_samples_are_asked_for(monkeypatch
 @pytest.mark.parametrize("name", FORMATS)
 def test_files_are_told_by_their_content(name):
     data = encoded(name)
-    # Containers of videos say nothing about what is in them, and are not sounds unless `Audio` says so.
-    assert is_sound(data) == (name not in ("mp4", "mov", "mpeg-ts"))
+    # A stream of MPEG says nothing about what is in it, and is not a sound unless `Audio` says so.
+    assert is_sound(data) == (name != "mpeg-ts")
 
 
 def test_pictures_documents_and_videos_are_no_sounds():
@@ -419,6 +419,27 @@ def test_pictures_documents_and_videos_are_no_sounds():
     for kind in ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "AVIF"):
         assert not is_sound(encoded_picture(picture, kind))
         assert load_image(encoded_picture(picture, kind)).shape == (4, 4, 3)
+
+
+@pytest.mark.parametrize("brand", [b"mp42", b"3gp4", b"isom"])
+def test_recordings_of_phones_are_sounds(brand, tmp_path):
+    """Of many a brand, with their index at the end of the file; the same with a track of pictures is a video."""
+    data = encoded("m4a")
+    assert data.index(b"moov") > data.index(b"mdat")
+    recording = data[:8] + brand + data[12:]
+    path = tmp_path / "recording"
+    for content, is_one in ((recording, True), (video_with_sound(), False)):
+        path.write_bytes(content)
+        assert is_sound(content) == is_one
+        assert is_sound_source(path) == is_one
+        assert is_sound_source(io.BytesIO(content)) == is_one
+    for broken in (
+        recording[:40],
+        recording[: len(recording) // 2],
+        b"\0\0\0\0ftyp",
+        b"\0\0\0\1ftypisom" + b"\xff" * 8,
+    ):
+        assert not is_sound(broken)
 
 
 def test_sources_are_told_without_being_used_up(tmp_path):
@@ -436,3 +457,4 @@ def test_sources_are_told_without_being_used_up(tmp_path):
     assert not is_sound_source(tmp_path / "gone.png")
     assert not is_sound_source(io.TextIOWrapper(io.BytesIO(b"RIFF")))
     assert not is_sound_source(None)
+    assert not is_sound_source(tmp_path)

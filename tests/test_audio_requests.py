@@ -6,21 +6,24 @@ import base64
 import dataclasses
 import io
 import json
+import re
 
 import numpy as np
 import pytest
 
-from siglance.engine import Audio, Bundle, EncodedSound, Engine, Image, Sampling, Text, Turn
+from siglance.engine import Audio, Bundle, EncodedSound, Engine, Image, Sampling, Text, Turn, Video
 from siglance.engine.errors import AudioError, BundleError, ContextFull, InputError, PromptError
 from siglance.engine.limits import Limits
+from siglance.engine.media import PictureSource, interleaved
 from siglance.engine.prompt import Media, Message, PromptBuilder
 from siglance.engine.runtime import SoftTokens
 from siglance.engine.self_test import formula_picture
 from siglance.engine.template import ChatTemplate
 from siglance.engine.text import load_tokenizer
+from siglance.engine.video import Clip
 
 from . import reference_audio, reference_gemma4_large, reference_model
-from .audio_files import encoded, tone, wav
+from .audio_files import encoded, tone, video_with_sound, wav
 from .test_audio_graph import speechlike
 from .test_cli import siglance as siglance  # a fixture
 
@@ -276,6 +279,99 @@ def test_attachments_are_counted_together(engine):
         engine.count_tokens([formula_picture(9, 9), "x", wav(CLIP), "y", Audio(b"RIFF")])
 
 
+# --- sounds of videos
+
+
+class Stretch:
+    """What `interleaved` needs of a clip of sound."""
+
+    def __init__(self, seconds: float):
+        self.seconds = seconds
+
+
+@pytest.mark.parametrize(
+    ("times", "seconds", "begin", "expected"),
+    [
+        ([0, 1, 2], [3], 0, ["0 1 2", "s"]),
+        ([0, 1, 2, 3], [2, 2], 0, ["0 1", "s", "2 3", "s"]),
+        ([0, 1, 2, 3, 9], [2, 2], 0, ["0 1", "s", "2 3 9", "s"]),  # pictures go on behind the sound
+        ([0, 3.5], [1, 1, 2], 0, ["0", "s", "s", "3.5", "s"]),
+        ([10, 11, 12], [1.5, 1.5], 10, ["10 11", "s", "12", "s"]),  # a start: times are those of the file
+    ],
+)
+def test_frames_stand_in_front_of_the_sound_they_are_shown_with(times, seconds, begin, expected):
+    clip = Clip("v", 8, 8, tuple(times), Limits(), None, "time", tuple((index, 0) for index in range(len(times))))
+    source = PictureSource("v", "video", (8, 8), (8, 8), lambda height, width: np.zeros((8, 8, 3), np.uint8), clip=clip)
+    media = interleaved(source, [Stretch(length) for length in seconds], begin)
+    assert [
+        " ".join(f"{time:g}" for time in medium.clip.times) if isinstance(medium, PictureSource) else "s"
+        for medium in media
+    ] == expected
+    parts = [medium.clip._targets for medium in media if isinstance(medium, PictureSource)]
+    assert [target for part in parts for target in part] == [(index, 0) for index in range(len(times))]
+
+
+def test_a_video_with_its_sound(engine, tmp_path):
+    """The same prompt as frames and sound one after the other; from a path and from bytes."""
+    data = video_with_sound(3.0)
+    path = tmp_path / "a.mp4"
+    path.write_bytes(data)
+    separate = engine.generate([Video(path), Audio(path), "what?"], **SMALL)
+    for source in (path, data):
+        together = engine.generate([Video(source, sound=True), "what?"], **SMALL)
+        assert together.prompt_token_ids == separate.prompt_token_ids
+        assert together.token_ids == separate.token_ids
+    assert together.usage.by_modality["video"] > 0
+    assert together.usage.by_modality["audio"] in (75, 76)
+    part = engine.count_tokens([Video(path, start=1, end=2, sound=True)])
+    assert part["audio"] == 25
+
+
+def test_a_long_video_is_heard_in_clips_between_its_frames(tiny_model, tmp_path):
+    model = tiny_model("gemma4_unified")
+    facts = dataclasses.replace(model.bundle.manifest.audio, max_tokens=50)  # two seconds
+    manifest = dataclasses.replace(model.bundle.manifest, audio=facts)
+    path = tmp_path / "a.mp4"
+    path.write_bytes(video_with_sound(3.9))
+    with Engine(Bundle(model.bundle.folder, manifest), threads=1) as engine:
+        ids = engine.generate([Video(path, sound=True), "what?"], **SMALL).prompt_token_ids
+        text = load_tokenizer(engine.bundle.path("tokenizer"), ()).decode(list(ids), skip_special_tokens=False)
+        chat = engine.chat(max_tokens=4, sampling=GREEDY)
+        chat.send([Video(path, sound=True), "what?"])
+        path.unlink()
+        chat.send("and now?")
+    text = re.sub(r"(<\|(video|audio)\|>)+", r"\1", text)
+    frame = "{} <|image><|video|><image|>"
+    pieces = [frame.format(f"00:0{second}") for second in range(4)]
+    heard = "<|audio><|audio|><audio|>"
+    assert f"user\n{pieces[0]} {pieces[1]}{heard}{pieces[2]} {pieces[3]}{heard}what?" in text
+    kinds = [type(part).__name__ for part in chat.history[0].parts]
+    assert kinds == ["EncodedVideo", "EncodedSound", "EncodedVideo", "EncodedSound", "Text"]
+
+
+def test_a_video_without_sound_says_so(engine, tiny_model, tmp_path):
+    path = tmp_path / "silent.mp4"
+    path.write_bytes(video_with_sound(with_sound=False))
+    assert "video" in engine.count_tokens([Video(path)])
+    with pytest.raises(AudioError, match=r"audio 1 \(silent.mp4\): no sound in it, only video"):
+        engine.count_tokens([Video(path, sound=True)])
+    with (
+        Engine(tiny_model("gemma4").bundle, threads=1) as deaf,
+        pytest.raises(PromptError, match="audio 1: this bundle has no audio input"),
+    ):
+        deaf.count_tokens([Video(path, sound=True)])
+
+
+def test_large_videos_are_not_held_in_memory_for_their_sound(engine, tmp_path):
+    """The limit for files in memory does not count for them, that for videos does."""
+    path = tmp_path / "a.mp4"
+    path.write_bytes(video_with_sound())
+    with Engine(engine.bundle, threads=1, limits=Limits(max_bytes=1000)) as small:
+        assert small.count_tokens([Video(path, sound=True)])["audio"] > 0
+        with pytest.raises(AudioError, match="over the limit of 1000 bytes"):
+            small.count_tokens([Audio(path)])
+
+
 # --- caches
 
 
@@ -426,6 +522,15 @@ def test_the_command_line_refuses_sounds_in_one_line(siglance, engine, tmp_path)
         code, out, err = siglance("run", engine.bundle.folder, *arguments, "-p", "x")
         assert (code, out, len(err.splitlines())) == (1, "", 1)
         assert reason in err
+
+
+def test_a_part_of_a_sound_on_the_command_line(siglance, engine, tmp_path):
+    path = tmp_path / "long.wav"
+    path.write_bytes(wav(np.zeros(16_000 * 31, np.float32)))
+    code, out, _ = siglance("count-tokens", engine.bundle.folder, "-i", path, "--start", 2, "--end", 4, "--json")
+    assert (code, json.loads(out)["audio"]) == (0, 50)
+    code, _, err = siglance("count-tokens", engine.bundle.folder, "-i", path, "--fps", 2)
+    assert (code, "--fps 2: none of the files is a video\n" in err) == (1, True)
 
 
 def test_inspect_shows_ears(siglance, engine):
