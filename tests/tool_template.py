@@ -145,7 +145,7 @@ def tool_template(*, large: bool = False, attached: bool = True, null: str = "nu
 
 def thinking_bundle(folder: Path, template: str | None = None) -> Path:
     """The folder of a tiny bundle with this template."""
-    tiny.write_gemma4(folder / "checkpoint")
+    tiny.write_gemma4(folder / "checkpoint", max_position_embeddings=16384)
     (folder / "checkpoint" / "chat_template.jinja").write_text(template or tool_template(), encoding="utf-8")
     export(folder / "checkpoint", folder / "bundle")
     return folder / "bundle"
