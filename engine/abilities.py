@@ -71,7 +71,7 @@ class Abilities:
 
     @functools.cached_property
     def _attaches_results(self) -> bool | None:
-        """None if neither way works. Attached is tried first: some templates take results in messages for text."""
+        """None if neither way works. Some templates read results in messages as text, some read no messages at all."""
         assert self._facts.tool_call is not None
         call, call_end = self._facts.tool_call
         wanted = [

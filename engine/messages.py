@@ -222,7 +222,7 @@ def _turn(index: int, role: str, parts: Sequence[Part]) -> MessageTurn:
     calls: list[ToolCall] = []
     for place, part in enumerate(parts):
         if not isinstance(part, allowed):
-            raise PromptError(f"message {index}, part {place}: a {role} message has no {type(part).__name__}")
+            raise PromptError(f"message {index}, part {place}: a message of role {role!r} has no {type(part).__name__}")
         if isinstance(part, ToolCall):
             calls.append(part)
         elif calls and not (isinstance(part, Text) and not part.text):

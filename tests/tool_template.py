@@ -1,4 +1,4 @@
-"""A chat template in the layout of Gemma 4's published one: declarations, calls, results and thinking.
+"""A tiny model that knows tools and thinking, and its chat template in the layout of Gemma 4's published one.
 
 The published template has two ages and two sizes. In the older age results of tools are only read where they are
 attached to the message of their calls. Larger models get an empty thought when thinking is off.
@@ -6,7 +6,17 @@ attached to the message of their calls. Larger models get an empty thought when 
 
 from __future__ import annotations
 
-__all__ = ["tool_template"]
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from siglance.engine import Engine
+from siglance.export.exporter import export
+
+from . import tiny
+from .tiny_tokenizer import GEMMA4_TOKENS
+
+__all__ = ["speller", "thinking_bundle", "tool_template"]
 
 _MACROS = r"""
 {%- macro quoted(text) -%}{{ '<|"|>' + text + '<|"|>' }}{%- endmacro -%}
@@ -131,3 +141,25 @@ def tool_template(*, large: bool = False, attached: bool = True, null: str = "nu
     for name, value in flags.items():
         text = text.replace(name, value)
     return text
+
+
+def thinking_bundle(folder: Path, template: str | None = None) -> Path:
+    """The folder of a tiny bundle with this template."""
+    tiny.write_gemma4(folder / "checkpoint", max_position_embeddings=16384)
+    (folder / "checkpoint" / "chat_template.jinja").write_text(template or tool_template(), encoding="utf-8")
+    export(folder / "checkpoint", folder / "bundle")
+    return folder / "bundle"
+
+
+def speller(engine: Engine) -> Callable[[str], list[int]]:
+    """A function that gives the ids of a text in which markers are spelled."""
+    tokenizer = engine._tokenizer  # spells everything out
+    known = {token: tokenizer.token_to_id(token) for token in (*GEMMA4_TOKENS, "<bos>", "<eos>")}
+
+    def spell(text: str) -> list[int]:
+        ids: list[int] = []
+        for piece in re.split("(" + "|".join(map(re.escape, known)) + ")", text):
+            ids += [known[piece]] if piece in known else tokenizer.encode(piece, add_special_tokens=False).ids
+        return ids
+
+    return spell

@@ -111,6 +111,13 @@ def _lower_types(schema: Any) -> Any:
     return lowered
 
 
+def keys_of(value: Any) -> list[str]:
+    """All keys inside of a value."""
+    if isinstance(value, dict):
+        return [*value, *(key for inner in value.values() for key in keys_of(inner))]
+    return [key for inner in value for key in keys_of(inner)] if isinstance(value, list) else []
+
+
 def same(one: Any, other: Any) -> bool:
     """Equal in types too: 1 is neither 1.0 nor True, and -0.0 is not 0.0."""
     if type(one) is not type(other):
