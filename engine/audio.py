@@ -41,7 +41,7 @@ _MOST_CHANNELS = 64
 _HEAD = 4096  # bytes that tell most formats
 _MOST_BOXES, _LARGEST_INDEX = 1000, 16 * 2**20  # of an MP4 that is looked through
 _HANDLER = re.compile(rb"hdlr.{8}(soun|vide)", re.DOTALL)
-_LOUDEST = 2.0  # decoders of lossy formats go a little beyond full scale; integers that were not scaled go far
+_LOUDEST = 10.0  # decoders of lossy formats go a little beyond full scale; integers that were not scaled go far
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -46,6 +46,7 @@ FORMATS = {
     "mpeg": "MPEG",
     "mpegts": "MPEG-TS",
 }
+_LOUDEST = 10.0  # decoders of lossy formats go a little beyond full scale; files of floats may hold anything
 # Formats that say how long they are, and how much may be missing all the same, in seconds and of the whole: encoders of
 # lossy ones count their own delay. What is shorter has been cut off, or decoders left out what they could not read.
 _MISSING = {"mov": (0.25, 0.05), **dict.fromkeys(("wav", "w64", "flac", "aiff", "caf"), (0.01, 0.0))}
@@ -124,6 +125,9 @@ class _Window:
         end = min(end, begin + self._most - self._count)
         self.passed += len(samples)
         if begin < end:
+            loudest = float(self._numpy.abs(samples[begin:end]).max())
+            if not loudest <= _LOUDEST:  # NaN fails too
+                raise SoundFault(f"samples reach {loudest:g}, they must lie in -1..1")
             self._kept.append(samples[begin:end].copy())
             self._count += end - begin
 

@@ -337,6 +337,15 @@ def test_damage_in_the_middle_is_an_error_that_says_where():
     assert len(heard(bytes(data), end=0.5)) == RATE // 2
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e30, -32768.0])
+def test_files_of_floats_that_are_no_samples(value):
+    samples = tone(0.5, 44_100)
+    data = encoded("wav, floats", [samples])
+    broken = data.replace(samples[1000:1001].tobytes(), np.float32(value).tobytes())
+    with pytest.raises(AudioError, match=r"audio 2: samples reach (nan|inf|\d)"):
+        heard(broken)
+
+
 def test_tags_around_a_sound_are_none():
     plain = encoded("mp3")
     tag = b"ID3\4\0\0\0\0\2\1" + b"\0" * 257
