@@ -118,9 +118,10 @@ def reply_summary(reply: Reply) -> str:
     media = f"{pictures} of pictures" + (f", {sounds} of sounds" if sounds else "")
     heard = f"audio {timings.audio:.0f}, " if sounds else ""
     speed = f"{1e3 / timings.per_token:.0f} tokens/s" if timings.per_token else "one token"
+    thoughts = f" ({usage.thought_tokens} of thoughts)" if usage.thought_tokens else ""
     return (
         f"{usage.prompt_tokens} prompt tokens ({media}), {usage.completion_tokens} "
-        f"in the reply, ended by {reply.finish_reason} | read {timings.decode_file:.0f} ms, "
+        f"in the reply{thoughts}, ended by {reply.finish_reason} | read {timings.decode_file:.0f} ms, "
         f"resize {timings.resize:.0f}, "
         f"vision {timings.vision:.0f}, {heard}prefill {timings.prefill:.0f}, "
         f"first token after {timings.first_token:.0f} ms, "

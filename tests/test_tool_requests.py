@@ -479,6 +479,9 @@ def test_run_with_tools_and_thinking(said, siglance, spell, tools_file):
     code, out, err = siglance("run", "-p", "hi", "--tools", tools_file, "--thinking", "--temperature", 0)
     assert (code, out) == (0, 'Let me see.\nweather {"city": "Paris"}\n')
     assert err.startswith("hello\n")
+    assert (
+        f" in the reply ({len(spell('<|channel>thought_hello_<channel|>'.replace('_', chr(10))))} of thoughts)" in err
+    )
     assert spell("<|think|>")[0] in runtime.ids
     assert spell("<|tool>")[0] in runtime.ids
     code, out, err = siglance("run", "-p", "hi", "--tools", tools_file, "--thinking", "--json")
