@@ -8,11 +8,13 @@ import shutil
 import numpy as np
 import pytest
 
+from siglance.engine.bundle import Bundle
 from siglance.engine.errors import BundleError, ExportError, ModelOutputError
 from siglance.engine.manifest import AudioFacts, PlaceholderFacts, read_manifest
-from siglance.engine.runtime import SoftTokens
+from siglance.engine.runtime import Runtime, SoftTokens
 from siglance.engine.self_test import formula_sound, replay
 from siglance.export.exporter import export
+from siglance.export.families import ExportOptions
 
 from . import reference_audio, reference_gemma4_large, reference_model
 from .test_audio_graph import speechlike
@@ -130,6 +132,29 @@ def test_a_manifest_that_contradicts_itself_is_refused(e2b, change, key):
     change(raw)
     with pytest.raises(BundleError, match=key):
         read_manifest(json.dumps(raw))
+
+
+# --- precisions
+
+
+@pytest.mark.parametrize("family", ["gemma4_audio", "gemma4_unified"])
+@pytest.mark.parametrize(
+    ("options", "cosine"),
+    [
+        (ExportOptions(precision="int8"), 0.995),
+        (ExportOptions(precision="int4"), 0.995),  # towers have 8 bits then
+        (ExportOptions(precision="fp16", target="cuda"), 0.99999),
+    ],
+)
+def test_other_precisions_hear_almost_the_same(tiny_model, tmp_path, family, options, cosine):
+    model = tiny_model(family)
+    export(model.checkpoint, tmp_path / "bundle", options)
+    runtime = Runtime(Bundle.open(tmp_path / "bundle"), device="cpu", foreign=True)
+    waveform = np.random.default_rng(0).normal(0, 0.1, 16_000).astype(np.float32)  # without silence, which is zero
+    found, expected = runtime.hear(waveform, 25), model.runtime.hear(waveform, 25)
+    assert not np.array_equal(found, expected)
+    cosines = np.sum(found * expected, axis=1) / np.linalg.norm(found, axis=1) / np.linalg.norm(expected, axis=1)
+    assert cosines.min() > cosine
 
 
 # --- what is heard
