@@ -196,13 +196,16 @@ def gemma4_text_logits(
     """Logits [L, V] of `Gemma4ForConditionalGeneration`; `soft_tokens` are one [n, D] per picture or clip, in order.
 
     `input_ids` hold the image or audio id once per soft token. Soft tokens replace the (scaled) embedding of those rows
-    unscaled, and enter causally like any token. The logits are capped at `final_logit_softcapping`.
+    unscaled, and enter causally like any token. Where there are none for sounds, rows with the audio id keep that of the
+    pad id. The logits are capped at `final_logit_softcapping`.
     """
     text = config["text_config"]
     ids = np.asarray(input_ids)
     table = weights["model.language_model.embed_tokens.weight"]
     x = table[without_media(config, ids)] * np.sqrt(text["hidden_size"])
     is_soft = np.isin(ids, [config["image_token_id"], config["audio_token_id"]])
+    if sum(map(len, soft_tokens)) < is_soft.sum():
+        is_soft = ids == config["image_token_id"]
     if is_soft.any():
         x[is_soft] = np.concatenate(soft_tokens)
     per_layer_inputs = gemma4_per_layer_inputs(weights, config, ids, x)  # [L, layers, P]

@@ -75,7 +75,7 @@ PROMPT_MUTANTS = [
         for layout in ("PaliGemma 1", "PaliGemma 2")
         for name, change in {
             "not at all": lambda length, soft: [],
-            "pictures only": lambda length, soft: runtime._soft_runs(soft),
+            "pictures only": lambda length, soft: runtime._seen_runs(soft),
             "every picture for itself": lambda length, soft: [
                 (block.start, block.start + len(block.values)) for block in soft
             ],
@@ -176,7 +176,7 @@ INSIDE_MUTANTS = [
 
 def _runs(change: Any) -> Mutation:
     """Other blocks than the runs of soft tokens: `change(right blocks, soft tokens)`."""
-    return replaced(runtime, "_soft_runs", lambda right: lambda soft: change(right(soft), soft))
+    return replaced(runtime, "_seen_runs", lambda right: lambda soft: change(right(soft), soft))
 
 
 def _each(soft: Any) -> list[tuple[int, int]]:
