@@ -196,8 +196,8 @@ def gemma4_text_logits(
     """Logits [L, V] of `Gemma4ForConditionalGeneration`; `soft_tokens` are one [n, D] per picture or clip, in order.
 
     `input_ids` hold the image or audio id once per soft token. Soft tokens replace the (scaled) embedding of those rows
-    unscaled, and enter causally like any token. Where there are none for sounds, rows with the audio id keep that of the
-    pad id. The logits are capped at `final_logit_softcapping`.
+    unscaled, and enter causally like any token. Where there are none for sounds, rows with the audio id keep that of
+    the pad id. The logits are capped at `final_logit_softcapping`.
     """
     text = config["text_config"]
     ids = np.asarray(input_ids)
