@@ -8,18 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.util
 import io
-import json
 import math
 import os
 import re
-import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import numpy as np
@@ -29,12 +23,21 @@ from .errors import AudioError, InputError
 from .known_files import NOTHING_KNOWN, KnownFiles, file_key
 from .limits import DEFAULT_LIMITS, Limits
 from .sources import FileSource, data_uri_type, file_name, is_data_uri, is_regular, read_source
+from .worker import Worker
 
 __all__ = ["AudioSource", "Sound", "is_sound", "is_sound_source", "open_sound"]
 
 AudioSource = FileSource | npt.NDArray[np.generic]
 
-_WORKER = Path(__file__).with_name("audio_worker.py")
+_WORKER = Worker(
+    script="audio_worker.py",
+    package="av",
+    extra="audio",
+    work="decoding sounds",
+    task="decodes sounds",
+    doing="decoding",
+    done="decoded",
+)
 _PCM_RATE = 16_000  # of raw PCM that does not say: what the APIs that take it expect
 _RATES = (1, 384_000)
 _MOST_CHANNELS = 64
@@ -319,49 +322,17 @@ def _cut(samples: npt.NDArray[np.float32], rate: int, start: float, end: float |
 
 def _ask(question: dict[str, Any], data: bytes | BinaryIO, limits: Limits) -> npt.NDArray[np.float32]:
     """Put one question about a file to a new worker process: the samples it answers with."""
-    _require_worker()
-    header = {
-        **question,
-        "path": [folder for folder in sys.path if folder],
-        "memory": limits.max_audio_memory,
-        "seconds": limits.max_audio_seconds,
-    }
-    given: dict[str, Any] = {"input": data} if isinstance(data, bytes) else {"stdin": data}
-    try:
-        done = subprocess.run(
-            [sys.executable, "-I", _WORKER, json.dumps(header)],
-            **given,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            timeout=limits.max_audio_seconds,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        raise AudioError(f"not decoded after {limits.max_audio_seconds:g} seconds, the limit for a sound") from None
-    except OSError as error:
-        raise AudioError(f"cannot start the process that decodes sounds: {error}") from error
-    if done.returncode:
-        raise AudioError(
-            f"decoding it ended with {_ending(done.returncode)}: it is damaged, or needs more than the limit of "
-            f"{limits.max_audio_memory} bytes of memory"
-        )
-    line, _, payload = done.stdout.partition(b"\n")
-    reply = json.loads(line)
-    if "error" in reply:
-        raise AudioError(reply["error"])
+    _WORKER.require(AudioError)
+    reply, payload = _WORKER.ask(
+        question,
+        data,
+        AudioError,
+        memory=limits.max_audio_memory,
+        seconds=limits.max_audio_seconds,
+        late="the limit for a sound",
+        limits=f"the limit of {limits.max_audio_memory} bytes of memory",
+    )
     samples = np.frombuffer(payload, np.float32)
     if len(samples) != reply["samples"]:
         raise AudioError("the process that decodes sounds broke off")
     return samples
-
-
-def _require_worker() -> None:
-    if importlib.util.find_spec("av") is None:
-        raise AudioError("decoding sounds needs the package 'av': pip install 'siglance[audio]'")
-    if not sys.executable or getattr(sys, "frozen", False):
-        raise AudioError("decoding sounds starts a process of the Python interpreter, which this program does not have")
-
-
-def _ending(code: int) -> str:
-    """The end of a process in words."""
-    return signal.Signals(-code).name if -code in set(signal.Signals) else f"exit code {code}"

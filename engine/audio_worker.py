@@ -73,19 +73,10 @@ def main() -> None:
         data = source.read()
         source, held = io.BytesIO(data), len(data)
         del data
-    limit_resources = runpy.run_path(str(Path(__file__).with_name("pdf_worker.py")))["limit_resources"]
-    limit_resources(question["memory"] + held, question["seconds"])
-    _open_nothing_more()
+    limits = runpy.run_path(str(Path(__file__).with_name("worker_limits.py")))
+    limits["limit_resources"](question["memory"] + held, question["seconds"])
+    limits["open_nothing_more"]()
     answer(av, numpy, question, source, sys.stdout.buffer)
-
-
-def _open_nothing_more() -> None:
-    """No file and no socket from here on; those that are open stay. Windows has no such limit."""
-    try:
-        import resource
-    except ImportError:
-        return
-    resource.setrlimit(resource.RLIMIT_NOFILE, (0, 0))
 
 
 def answer(av: Any, numpy: Any, question: dict[str, Any], source: BinaryIO, out: BinaryIO) -> None:

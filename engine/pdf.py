@@ -7,16 +7,10 @@ takes about 50 ms.
 
 from __future__ import annotations
 
-import importlib.util
-import json
 import math
 import re
-import signal
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,10 +18,11 @@ import numpy.typing as npt
 
 from .errors import DocumentError
 from .limits import Limits
+from .worker import Worker
 
 __all__ = ["Page", "is_pdf", "open_pages", "page_numbers"]
 
-_WORKER = Path(__file__).with_name("pdf_worker.py")
+_WORKER = Worker(script="pdf_worker.py", package="pypdfium2", extra="pdf", work="reading PDFs", task="reads PDFs")
 _RANGE = re.compile(r"\s*([0-9]{1,9})\s*(?:-\s*([0-9]{1,9})\s*)?")
 # Layouts are computed in whole pixels. Pages come in points, so small ones are measured in a finer unit.
 _LONG_SIDE = 10_000
@@ -163,49 +158,15 @@ def _runs(pages: str | int | Sequence[int], name: str) -> list[Sequence[int]]:
     raise DocumentError(f"{name}: pages are {type(pages).__name__}, expected text such as '1-3', a number or numbers")
 
 
-def _ask(question: dict[str, Any], document: bytes, limits: Limits, name: str) -> tuple[dict[str, Any], bytes]:
+def _ask(question: dict[str, Any], document: bytes, limits: Limits, name: str) -> tuple[dict[str, Any], memoryview]:
     """Put one question to a new worker process: its answer, and the bytes behind it."""
-    _require_worker()
-    header = {
-        **question,
-        "path": [folder for folder in sys.path if folder],
-        "memory": limits.max_page_memory,
-        "seconds": limits.max_page_seconds,
-    }
-    try:
-        done = subprocess.run(
-            [sys.executable, "-I", _WORKER],
-            input=json.dumps(header).encode() + b"\n" + document,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            timeout=limits.max_page_seconds,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        raise DocumentError(
-            f"{name}: not done after {limits.max_page_seconds:g} seconds, the limit for a page"
-        ) from None
-    except OSError as error:
-        raise DocumentError(f"{name}: cannot start the process that reads PDFs: {error}") from error
-    if done.returncode:
-        raise DocumentError(
-            f"{name}: reading it ended with {_ending(done.returncode)}: it is damaged, or needs more than the limit of "
-            f"{limits.max_page_memory} bytes of memory"
-        )
-    answer, _, pixels = done.stdout.partition(b"\n")
-    reply = json.loads(answer)
-    if "error" in reply:
-        raise DocumentError(f"{name}: {reply['error']}")
-    return reply, pixels
-
-
-def _require_worker() -> None:
-    if importlib.util.find_spec("pypdfium2") is None:
-        raise DocumentError("reading PDFs needs the package 'pypdfium2': pip install 'siglance[pdf]'")
-    if not sys.executable or getattr(sys, "frozen", False):
-        raise DocumentError("reading PDFs starts a process of the Python interpreter, which this program does not have")
-
-
-def _ending(code: int) -> str:
-    """The end of a process in words."""
-    return signal.Signals(-code).name if -code in set(signal.Signals) else f"exit code {code}"
+    _WORKER.require(DocumentError)
+    return _WORKER.ask(
+        question,
+        document,
+        lambda message: DocumentError(f"{name}: {message}"),
+        memory=limits.max_page_memory,
+        seconds=limits.max_page_seconds,
+        late="the limit for a page",
+        limits=f"the limit of {limits.max_page_memory} bytes of memory",
+    )

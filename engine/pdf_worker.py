@@ -1,10 +1,10 @@
-"""The process that opens a PDF: one question on standard input, one answer on standard output, then it ends.
+"""The process that opens a PDF: one question as its argument, one answer on standard output, then it ends.
 
 PDFium is large, not thread-safe, and PDFs are untrusted: a few hundred bytes of them can ask for hours of work or all
 memory. So it never runs inside the engine's process, where it could take the host program down with it or meet another
 user of PDFium in another thread. This file runs as a script and imports nothing of siglance.
 
-Question: one line of JSON, then the bytes of the document.
+Question: JSON in the first argument; the document is on standard input.
     {"path": [...], "memory": bytes, "seconds": s, "pages": [index, ...]}                     sizes of pages
     {"path": [...], "memory": bytes, "seconds": s, "page": index, "height": h, "width": w}    one page drawn
 Answer: one line of JSON, then pixels where a page was asked for.
@@ -16,48 +16,28 @@ Answer: one line of JSON, then pixels where a page was asked for.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import math
+import runpy
 import sys
+from pathlib import Path
 from typing import Any, BinaryIO
 
-__all__ = ["answer", "limit_resources", "main"]
+__all__ = ["answer", "main"]
 
 _PASSWORD = 4  # FPDF_ERR_PASSWORD
 
 
 def main() -> None:
-    """Answer the question on standard input."""
-    question = json.loads(sys.stdin.buffer.readline())
+    """Answer the question in the first argument."""
+    question = json.loads(sys.argv[1])
     sys.path[:] = question["path"]
     import pypdfium2  # before the limits: its library is mapped here
 
     data = sys.stdin.buffer.read()
-    limit_resources(question["memory"] + len(data), question["seconds"])
+    runpy.run_path(str(Path(__file__).with_name("worker_limits.py")))["limit_resources"](
+        question["memory"] + len(data), question["seconds"]
+    )
     answer(pypdfium2, question, data, sys.stdout.buffer)  # a MemoryError ends the process, as PDFium's own does
-
-
-def limit_resources(memory: int, seconds: float) -> None:
-    """Give this process at most `memory` bytes of address space, `seconds` of processor time, and no file to write.
-
-    The process that asked watches the time too; this holds when it has gone. Windows has no such limits.
-    """
-    try:
-        import resource
-    except ImportError:
-        return
-    for kind, most in (
-        (resource.RLIMIT_AS, memory),
-        (resource.RLIMIT_CPU, math.ceil(seconds) + 1),
-        (resource.RLIMIT_FSIZE, 0),
-        (resource.RLIMIT_CORE, 0),
-    ):
-        hard = resource.getrlimit(kind)[1]
-        most = most if hard == resource.RLIM_INFINITY else min(most, hard)
-        # Systems refuse some of these (macOS that on address space); the time that the asking process watches holds.
-        with contextlib.suppress(OSError, ValueError):
-            resource.setrlimit(kind, (most, most))
 
 
 def answer(pypdfium2: Any, question: dict[str, Any], data: bytes, out: BinaryIO) -> None:

@@ -7,18 +7,12 @@ or a few times for the chosen ones. A file on disk is read by that process and n
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
-import json
 import math
 import os
 import re
-import signal
 import stat
-import subprocess
-import sys
 from dataclasses import dataclass, field
 from fractions import Fraction
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -28,10 +22,11 @@ from .errors import InputError, VideoError
 from .limits import Limits
 from .sources import is_data_uri, one_line, read_source
 from .video_frames import Index, choose
+from .worker import Worker
 
 __all__ = ["Clip", "clock", "is_video", "open_clip"]
 
-_WORKER = Path(__file__).with_name("video_worker.py")
+_WORKER = Worker(script="video_worker.py", package="av", extra="video", work="reading videos", task="reads videos")
 # Frames fetched by one process: they wait in memory for the vision tower.
 _BATCH_BYTES, _BATCH_FRAMES = 64 * 2**20, 1000
 _MAX_FPS = 1000
@@ -197,57 +192,28 @@ def _check_range(fps: float, start: float | None, end: float | None, name: str) 
 
 def _ask(question: dict[str, Any], file: _File, limits: Limits, name: str) -> tuple[dict[str, Any], memoryview]:
     """The answer of a new process to one question: the line of JSON and the bytes behind it."""
-    _require_worker(name)
-    header = {
-        **question,
-        "path": [folder for folder in sys.path if folder],
-        "memory": limits.max_video_memory,
-        "seconds": limits.max_video_seconds,
-        "pixels": limits.max_pixels,
-    }
-    command = [sys.executable, "-I", str(_WORKER), json.dumps(header)]
+
+    def fault(message: str) -> VideoError:
+        return VideoError(f"{name}: {message}")
+
+    def ask(source: bytes | BinaryIO) -> tuple[dict[str, Any], memoryview]:
+        memory, seconds = limits.max_video_memory, limits.max_video_seconds
+        return _WORKER.ask(
+            {**question, "pixels": limits.max_pixels},
+            source,
+            fault,
+            memory=memory,
+            seconds=seconds,
+            late="the limit for a video; a start and an end, or fewer frames a second, are less work",
+            limits=f"the limits of {memory} bytes of memory and {seconds:g} seconds",
+        )
+
+    _WORKER.require(fault)
+    if file.data is not None:
+        return ask(file.data)
     try:
-        if file.data is None:
-            with file.open() as opened:
-                done = _run(command, limits.max_video_seconds, stdin=opened)
-        else:
-            done = _run(command, limits.max_video_seconds, input=file.data)
-    except subprocess.TimeoutExpired:
-        raise VideoError(
-            f"{name}: not done after {limits.max_video_seconds:g} seconds, the limit for a video; a start and an end, "
-            "or fewer frames a second, are less work"
-        ) from None
+        opened = file.open()
     except InputError as error:
-        raise VideoError(f"{name}: {error}") from error.__cause__
-    except OSError as error:
-        raise VideoError(f"{name}: cannot start the process that reads videos: {error}") from error
-    if done.returncode:
-        raise VideoError(
-            f"{name}: reading it ended with {_ending(done.returncode)}: it is damaged, or needs more than the limits "
-            f"of {limits.max_video_memory} bytes of memory and {limits.max_video_seconds:g} seconds"
-        )
-    length = done.stdout.index(b"\n")
-    reply = json.loads(done.stdout[:length])
-    if "error" in reply:
-        raise VideoError(f"{name}: {reply['error']}")
-    return reply, memoryview(done.stdout)[length + 1 :]
-
-
-def _run(command: list[str], seconds: float, **streams: Any) -> subprocess.CompletedProcess[bytes]:
-    return subprocess.run(
-        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=seconds, check=False, **streams
-    )
-
-
-def _require_worker(name: str) -> None:
-    if importlib.util.find_spec("av") is None:
-        raise VideoError(f"{name}: reading videos needs the package 'av': pip install 'siglance[video]'")
-    if not sys.executable or getattr(sys, "frozen", False):
-        raise VideoError(
-            f"{name}: reading videos starts a process of the Python interpreter, which this program does not have"
-        )
-
-
-def _ending(code: int) -> str:
-    """The end of a process in words."""
-    return signal.Signals(-code).name if -code in set(signal.Signals) else f"exit code {code}"
+        raise fault(str(error)) from error.__cause__
+    with opened:
+        return ask(opened)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
+import importlib.util
 import io
 import json
 import os
@@ -356,8 +358,8 @@ def test_tags_around_a_sound_are_none():
 
 
 def test_without_the_extra_files_say_what_to_install_and_samples_need_nothing(monkeypatch):
-    find = module.importlib.util.find_spec
-    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None if name == "av" else find(name))
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "av" else find(name))
     with pytest.raises(AudioError, match=r"pip install 'siglance\[audio\]'"):
         heard(wav(tone(1, RATE)))
     assert len(heard(tone(1, RATE), sample_rate=RATE)) == RATE
@@ -388,7 +390,7 @@ def test_a_worker_that_breaks_off_is_an_error(monkeypatch, tmp_path):
     ):
         worker = tmp_path / "worker.py"
         worker.write_text(script)
-        monkeypatch.setattr(module, "_WORKER", worker)
+        monkeypatch.setattr(module, "_WORKER", dataclasses.replace(module._WORKER, script=str(worker)))
         with pytest.raises(AudioError, match=reason):
             heard(wav(tone(0.1, RATE)))
 

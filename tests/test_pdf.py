@@ -302,7 +302,7 @@ def test_a_drawing_is_never_larger_than_the_limit_on_pixels():
 def test_a_fault_in_the_library_is_an_error_of_the_document(script, said, tmp_path, monkeypatch):
     worker = tmp_path / "worker.py"
     worker.write_text(script)
-    monkeypatch.setattr(pdf_module, "_WORKER", worker)
+    monkeypatch.setattr(pdf_module, "_WORKER", dataclasses.replace(pdf_module._WORKER, script=str(worker)))
     with pytest.raises(DocumentError, match=rf"^document 1 \(a\.pdf\): .*{said}"):
         pages_of(pdf(quadrants()))
 

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from siglance.engine import Limits, video_worker
+from siglance.engine import Limits, worker_limits
 from siglance.engine.errors import InputError, VideoError
 from siglance.engine.video import Clip, clock, is_video, open_clip
 from siglance.engine.video_frames import Index, choose
@@ -351,13 +351,13 @@ def test_the_process_can_open_nothing_more(tmp_path):
     script = (
         "import runpy, sys, socket\n"
         "worker = runpy.run_path(sys.argv[1])\n"
-        "worker['_open_nothing_more']()\n"
+        "worker['open_nothing_more']()\n"
         "for attempt in (lambda: open(sys.argv[1]), socket.socket):\n"
         "    try: attempt()\n"
         "    except OSError as error: print(error.errno)\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", script, video_worker.__file__], capture_output=True, text=True, check=True
+        [sys.executable, "-c", script, worker_limits.__file__], capture_output=True, text=True, check=True
     )
     assert done.stdout.split() == ["24", "24"]  # EMFILE
 

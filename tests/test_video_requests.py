@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import importlib.util
 import json
 import tracemalloc
 
@@ -244,7 +245,7 @@ def test_errors_name_the_part(engine, short, tmp_path):
 
 
 def test_the_package_that_reads_videos_is_named(engine, short, monkeypatch):
-    monkeypatch.setattr(video_module.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(VideoError, match=r"video 1: .*pip install 'siglance\[video\]'"):
         engine.count_tokens([Video(short), QUESTION])
 
