@@ -8,11 +8,13 @@ Shapes in comments: S tokens of a chunk, T tokens so far, D hidden size, H query
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 
+from ..engine.manifest import StatePair
 from .builder import FLOAT, INT32, INT64, MICROSOFT, GraphBuilder
 
 __all__ = [
@@ -26,8 +28,11 @@ __all__ = [
     "key_value_state",
     "shared_attention",
     "shared_rows",
+    "state_pairs",
     "take_rows",
 ]
+
+_PARTS = ("key", "value")
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,9 +113,25 @@ def key_value_state(
 ) -> State:
     """Declare the state inputs of a layer: a fixed capacity for windows, the symbol "capacity" for global layers."""
     shape = [1, heads, capacity, head_size]
-    key = graph.input(f"past.{layer}.key", graph.plan.dtype, shape)
-    value = graph.input(f"past.{layer}.value", graph.plan.dtype, shape)
+    key, value = (graph.input(_name("past", layer, part), graph.plan.dtype, shape) for part in _PARTS)
     return State(layer, key, value, window, capacity)
+
+
+def state_pairs(windowed: Iterable[bool]) -> tuple[StatePair, ...]:
+    """What the manifest says of the states declared here, for each layer that owns one: whether it is a window."""
+    return tuple(
+        StatePair(
+            input=_name("past", layer, part),
+            output=_name("present", layer, part),
+            kind="window" if is_window else "global",
+        )
+        for layer, is_window in enumerate(windowed)
+        for part in _PARTS
+    )
+
+
+def _name(side: str, layer: int, part: str) -> str:
+    return f"{side}.{layer}.{part}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,8 +190,8 @@ def attention(
         **attributes,
     )
     shape = [1, facts.key_value_heads, state.capacity, facts.head_size]
-    graph.output(present_key, f"present.{state.layer}.key", graph.plan.dtype, shape)
-    graph.output(present_value, f"present.{state.layer}.value", graph.plan.dtype, shape)
+    for part, present in zip(_PARTS, (present_key, present_value), strict=True):
+        graph.output(present, _name("present", state.layer, part), graph.plan.dtype, shape)
     return _typed(graph, output), present_key, present_value
 
 

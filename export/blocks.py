@@ -24,6 +24,7 @@ from .attention import (
     key_value_state,
     shared_attention,
     shared_rows,
+    state_pairs,
     take_rows,
 )
 from .builder import MICROSOFT, GraphBuilder
@@ -62,6 +63,7 @@ __all__ = [
     "logits",
     "lookup",
     "ones",
+    "query_key_value",
     "rms_norm",
     "rope_tables",
     "scalar",
@@ -69,6 +71,7 @@ __all__ = [
     "shared_rows",
     "split_heads",
     "stack_product",
+    "state_pairs",
     "table",
     "take_rows",
     "to_float",
@@ -118,6 +121,16 @@ def split_heads(graph: GraphBuilder, x: ir.Value, heads: int, head_size: int, we
     split = graph.op("Reshape", x, graph.constant(np.array([0, 0, heads, head_size], np.int64), f"{name}.heads"))
     normed = rms_norm(graph, split, weight, name)
     return graph.op("Reshape", normed, graph.constant(np.array([0, 0, heads * head_size], np.int64), f"{name}.flat"))
+
+
+def query_key_value(
+    graph: GraphBuilder, x: ir.Value, weights: Weights, prefix: str, sizes: tuple[int, int, int], width: int
+) -> list[ir.Value]:
+    """The products of `prefix`.{q,k,v}_proj, of these sizes, as one product that is split."""
+    parts = [(f"{prefix}.{part}_proj.weight", size) for part, size in zip("qkv", sizes, strict=True)]
+    joined = fused_linear(graph, x, weights, parts, width, f"{prefix}.qkv_proj.weight")
+    cuts = graph.constant(np.array(sizes, np.int64), "qkv_sizes")
+    return graph.ops("Split", [joined, cuts], 3, name="split_qkv", axis=-1)
 
 
 def gated_mlp(

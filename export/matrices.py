@@ -17,7 +17,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ..engine.errors import ExportError
-from ..kernels.quantize import Blocks
+from ..kernels.quantize import Blocks, quantize
 from .builder import FLOAT, FLOAT16, INT64, MICROSOFT, UINT8, GraphBuilder
 from .checkpoint import SLICE_BYTES, Weights
 from .plan import Storage
@@ -115,7 +115,7 @@ def fused_linear(
         blocks = [part for part in packed if part is not None]
         return _join(blocks, order) if blocks else None
 
-    storage = Storage(*formats.pop()) if formats else graph.plan.storage(key, graph.name, width)
+    storage = Storage(*formats.pop()) if formats else graph.plan.storage(graph.name, width)
     count = sum(count for _, count in parts) if order is None else len(order)
     return _product(graph, x, key, (count, width), storage, rows, ready)
 
@@ -183,7 +183,7 @@ def _product(
 
     def packed() -> Iterator[Blocks]:
         blocks = ready(storage)
-        yield graph.plan.quantize(key, read(), storage) if blocks is None else blocks
+        yield quantize(read(), storage.bits, storage.block) if blocks is None else blocks
 
     codes, scales = block_weights(graph, key, shape, storage, packed)
     return block_product(graph, x, key, shape, storage, codes, scales, name)
@@ -312,7 +312,7 @@ def table(
         return (part.reshape(-1, shape[1]) for part in weights.read_rows(name, stored))
 
     kept = weights.blocks(name, shape) if graph.plan.keep else None
-    storage = Storage(kept.bits, kept.block) if kept is not None else graph.plan.storage(key, graph.name, shape[1])
+    storage = Storage(kept.bits, kept.block) if kept is not None else graph.plan.storage(graph.name, shape[1])
     if storage.block:
 
         def packed() -> Iterator[Blocks]:
@@ -320,7 +320,7 @@ def table(
                 yield kept
                 return
             if not weights.random:
-                yield from (graph.plan.quantize(key, rows, storage) for rows in slices())
+                yield from (quantize(rows, storage.bits, storage.block) for rows in slices())
                 return
             step = max(1, SLICE_BYTES // (4 * shape[1]))
             for start in range(0, shape[0], step):

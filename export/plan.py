@@ -6,14 +6,11 @@ float16 and blocks of 8 or 4 bits.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-import numpy as np
 import onnx_ir as ir
 
 from ..engine.errors import ExportError
-from ..kernels.quantize import Blocks, quantize
 
 __all__ = ["PRECISIONS", "TARGETS", "Plan", "Storage", "plan_for"]
 
@@ -41,8 +38,6 @@ class Plan:
     """Formats of all matrices of one export.
 
     `decoder_bits` also holds for the embedding tables and the head; `vision_bits` for everything before the decoder.
-    `chosen` overrides the bits of single matrices by key. `moments` maps keys to second moments of their inputs
-    [columns, columns]; a matrix that has some is quantised with error feedback.
     """
 
     precision: str = "fp32"
@@ -51,26 +46,21 @@ class Plan:
     keep: bool = False  # a matrix that the checkpoint stores in blocks stays as it is
     half: bool = False  # matrix products and state in float16 (for GPUs); the residual stream and norms stay float32
     accuracy_level: int = 4  # of MatMulNBits: 4 multiplies in int8, 1 in float32
-    chosen: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def dtype(self) -> ir.DataType:
         """What matrix products compute in, and what the decoder's state is made of."""
         return ir.DataType.FLOAT16 if self.half else ir.DataType.FLOAT
 
-    def storage(self, key: str, graph: str, columns: int) -> Storage:
-        """The format of matrix `key` [rows, columns], a part of the graph called `graph`."""
-        bits = self.chosen.get(key, self.vision_bits if graph in ("vision", "audio") else self.decoder_bits)
+    def storage(self, graph: str, columns: int) -> Storage:
+        """The format of a matrix [rows, columns] of the graph called `graph`."""
+        bits = self.vision_bits if graph in ("vision", "audio") else self.decoder_bits
         if bits < 16:
             for block in _BLOCKS[bits]:
                 if columns % block == 0:
                     return Storage(bits, block)
             bits = 16 if self.half else 32  # no block size divides the columns: the export report shows it
         return Storage(bits)
-
-    def quantize(self, key: str, matrix: np.ndarray, storage: Storage) -> Blocks:
-        """`matrix` float32 [rows, columns], or some rows of it, in blocks."""
-        return quantize(matrix, storage.bits, storage.block)
 
 
 def plan_for(precision: str, target: str) -> Plan:

@@ -92,7 +92,7 @@ def stored(tensors: dict[str, np.ndarray], plan: Plan) -> dict[str, np.ndarray]:
 
 def round_trip(matrix: np.ndarray, plan: Plan) -> np.ndarray:
     """What is left of a matrix of the decoder that is stored as `plan` says."""
-    storage = plan.storage("any", "decoder", matrix.shape[-1])
+    storage = plan.storage("decoder", matrix.shape[-1])
     if storage.block:
         return dequantize(quantize(matrix, storage.bits, storage.block))
     return matrix.astype(np.float16).astype(np.float32) if storage.bits == 16 else matrix

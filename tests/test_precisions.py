@@ -41,7 +41,7 @@ def run(folder: Path) -> tuple[np.ndarray, np.ndarray | None]:
 def round_trip(matrix: np.ndarray, bits: int) -> np.ndarray:
     """What is left of a matrix that is stored in blocks, by the plan's own choice of block."""
     precision = {8: "int8", 4: "int4"}[bits]
-    storage = plan_for(precision, "cpu").storage("any", "decoder", matrix.shape[-1])
+    storage = plan_for(precision, "cpu").storage("decoder", matrix.shape[-1])
     if not storage.block:
         return matrix
     return dequantize(quantize(matrix, storage.bits, storage.block))

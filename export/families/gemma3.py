@@ -17,7 +17,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ...engine.errors import ExportError
-from ...engine.manifest import PanAndScanFacts, PlaceholderFacts, ReplyFacts, StatePair
+from ...engine.manifest import PanAndScanFacts, PlaceholderFacts, ReplyFacts
 from .. import blocks
 from ..builder import FLOAT, INT64, GraphBuilder
 from ..checkpoint import Checkpoint, Weights
@@ -246,12 +246,7 @@ def _attention(
 ) -> ir.Value:
     prefix, size = f"text.layers.{layer}.self_attn", config.head_size
     widths = (config.heads * size, config.key_value_heads * size, config.key_value_heads * size)
-    names = [f"{prefix}.{part}_proj.weight" for part in "qkv"]
-    joined = blocks.fused_linear(
-        graph, x, weights, list(zip(names, widths, strict=True)), config.hidden, f"{prefix}.qkv_proj.weight"
-    )
-    sizes = graph.constant(np.array(widths, np.int64), "qkv_sizes")
-    query, key, value = graph.ops("Split", [joined, sizes], 3, name="split_qkv", axis=-1)
+    query, key, value = blocks.query_key_value(graph, x, weights, prefix, widths, config.hidden)
     query = blocks.split_heads(
         graph, query, config.heads, size, _norm(graph, weights, f"{prefix}.q_norm", size), "q_norm"
     )
@@ -280,18 +275,9 @@ def finish(checkpoint: Checkpoint, weights: Weights, config: Config, options: Ex
     if config.tied:
         weights.drop("lm_head.weight")  # some checkpoints carry the tied head a second time
     vision = config.vision
-    state = tuple(
-        StatePair(
-            input=f"past.{layer}.{part}",
-            output=f"present.{layer}.{part}",
-            kind="window" if config.windowed[layer] and vision is None else "global",
-        )
-        for layer in range(config.layers)
-        for part in ("key", "value")
-    )
     facts = Facts(
         requires=("state:global", "state:window", "logit_rows:any"),
-        state=state,
+        state=blocks.state_pairs(windowed and vision is None for windowed in config.windowed),
         image=None,
         image_prompt=None,
         reply=ReplyFacts(boxes="none", thought=None, tool_call=None),

@@ -15,9 +15,9 @@ from ...engine.manifest import (
     ImageFacts,
     PlaceholderFacts,
     ReplyFacts,
-    StatePair,
     VideoFacts,
 )
+from .. import blocks
 from ..checkpoint import Checkpoint, Weights
 from . import ConfigReader, ExportOptions, Facts, Family, full_state_note
 from ._gemma4_audio import HOP, RATE, build_audio
@@ -55,15 +55,7 @@ def decoder_facts(
         for part in ("k_proj", "v_proj", "k_norm"):
             weights.drop(f"{layer_name(layer)}.self_attn.{part}.weight")
     buffered = [layer.windowed and not text.image_blocks for layer in text.layers]
-    state = tuple(
-        StatePair(
-            input=f"past.{index}.{part}",
-            output=f"present.{index}.{part}",
-            kind="window" if buffered[index] else "global",
-        )
-        for index in range(text.owners)
-        for part in ("key", "value")
-    )
+    state = blocks.state_pairs(buffered[: text.owners])
     rows = "logit_rows:any" if text.owners == len(text.layers) else "logit_rows:last"
     return Facts(
         requires=(

@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ...engine.errors import ExportError
-from ...engine.manifest import PlaceholderFacts, ReplyFacts, StatePair
+from ...engine.manifest import PlaceholderFacts, ReplyFacts
 from .. import blocks
 from ..builder import FLOAT, INT64, GraphBuilder
 from ..checkpoint import Checkpoint, Weights
@@ -233,12 +233,7 @@ def _attention(
 ) -> ir.Value:
     prefix, size = f"text.layers.{layer}.self_attn", text.head_size
     widths = (text.heads * size, text.key_value_heads * size, text.key_value_heads * size)
-    names = [f"{prefix}.{part}_proj.weight" for part in "qkv"]
-    joined = blocks.fused_linear(
-        graph, x, weights, list(zip(names, widths, strict=True)), text.hidden, f"{prefix}.qkv_proj.weight"
-    )
-    sizes = graph.constant(np.array(widths, np.int64), "qkv_sizes")
-    query, key, value = graph.ops("Split", [joined, sizes], 3, name="split_qkv", axis=-1)
+    query, key, value = blocks.query_key_value(graph, x, weights, prefix, widths, text.hidden)
     state = blocks.key_value_state(graph, layer, text.key_value_heads, size, None, "capacity")
     facts = blocks.Attention(text.heads, text.key_value_heads, size, text.scale, *tables, soft_cap=text.attention_cap)
     mixed, _, _ = blocks.attention(graph, query, key, value, state, inputs, facts, bias=mask)
@@ -262,14 +257,9 @@ def finish(checkpoint: Checkpoint, weights: Weights, config: Config, options: Ex
     values = [2 * text.key_value_heads * text.head_size] * text.layers
     if text.tied:
         weights.drop("lm_head.weight")
-    state = tuple(
-        StatePair(input=f"past.{layer}.{part}", output=f"present.{layer}.{part}", kind="global")
-        for layer in range(text.layers)
-        for part in ("key", "value")
-    )
     return Facts(
         requires=("state:global", "logit_rows:any", "attention:prefix", "image:squash", "prompt:media_first"),
-        state=state,
+        state=blocks.state_pairs([False] * text.layers),
         image=image_facts(checkpoint, vision, pool=1, resample=3),
         image_prompt=PlaceholderFacts(item="<image>", before="", soft="<image>", after=""),
         reply=ReplyFacts(boxes="loc", thought=None, tool_call=None),
