@@ -169,7 +169,10 @@ class ReplyParts:
         markers, call = self._markers, self._call
         if id == markers.call:
             text = self._malformed("another call begins inside of the call")
-            self._open_call()
+            if self.stopped:  # by a stop string in what has turned out to be text: nothing begins behind that
+                self._where = _ANSWER
+            else:
+                self._open_call()
             return Piece(text)
         if id == markers.call_end:
             self._where = _ANSWER

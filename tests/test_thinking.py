@@ -128,6 +128,7 @@ STOPS = st.lists(st.sampled_from(["ab", "b", "o w", "f{", "\n\n", "hello"]), max
 @example(["<|channel>", "a", "<|tool_call>", "call:f{}", "<tool_call|>", "b"], ())
 @example(["a", "<|tool_call>", "call:f{}", "<tool_call|>", "b"], ("ab",))
 @example(["<|tool_call>", "call:f{a:", QUOTE, "}", QUOTE, "}", "<tool_call|>"], ("}",))
+@example(["<|tool_call>", "hello", "<|tool_call>"], ("hello",))
 def test_law_the_parts_are_those_of_the_definition(pieces, stop):
     """Whatever is pushed, in whatever pieces it comes out."""
     ids = ids_of(*pieces)
