@@ -90,7 +90,7 @@ def main() -> None:
 def answer(av: Any, images: Any, question: dict[str, Any], source: BinaryIO, out: BinaryIO) -> None:
     """Write the answer to `question` about the video `source`, which can seek.
 
-    `av` and `images` (PIL.Image) are modules.     MemoryError ends the process, as crashes of decoders do.
+    `av` and `images` (PIL.Image) are modules. MemoryError ends the process, as crashes of decoders do.
     """
     reply: dict[str, Any]
     pictures: list[bytes] = []
