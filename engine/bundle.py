@@ -12,10 +12,12 @@ import os
 from pathlib import Path
 
 from .errors import BundleError
+from .external_data import external_files
 from .manifest import MANIFEST_NAME, FileFact, Manifest, read_manifest
 
 __all__ = ["Bundle", "cache_folder", "demo_folder", "find_bundle"]
 
+_GRAPHS = ("vision", "audio", "embed", "decoder")
 MANIFEST_BYTES = 1 << 20  # a manifest is a few kilobytes; anything near this is not one
 
 
@@ -71,6 +73,7 @@ class Bundle:
         for key, fact in bundle.manifest.files.items():
             _check_file(folder, key, fact, stamps)
         stamps.save()
+        _check_weights(bundle)
         return bundle
 
     def path(self, key: str) -> Path:
@@ -97,6 +100,18 @@ def _check_file(folder: Path, key: str, fact: FileFact, stamps: _Stamps) -> None
     if found != fact.sha256:
         raise BundleError(f"files.{key}: {path} has SHA-256 {found}, the manifest says {fact.sha256}")
     stamps.remember(path, fact.sha256)
+
+
+def _check_weights(bundle: Bundle) -> None:
+    """Raise BundleError for a graph with weights in a file that the manifest does not list, and so nothing checked."""
+    listed = {fact.path for fact in bundle.manifest.files.values()}
+    for key in _GRAPHS:
+        if key in bundle.manifest.files:
+            path = bundle.path(key)
+            if path.suffix != ".onnx":  # onnxruntime reads another format then
+                raise BundleError(f"files.{key}: {path.name} must be an ONNX graph, *.onnx")
+            for name in sorted(external_files(path) - listed):
+                raise BundleError(f"{path.name} takes weights from {name!r}, which the manifest does not list")
 
 
 class _Stamps:
