@@ -33,11 +33,13 @@ def encode_view(runtime: Runtime, turn: Lock, view: SeenView, clock: StageClock,
     if view.look is not None:
         patches = view.look()
         with clock.stage(stage), turn:
+            clock.check()
             values = runtime.encode(patches.values, patches.positions, view.length)
     else:
         assert view.listen is not None
         samples = view.listen()
         with clock.stage(stage), turn:
+            clock.check()
             values = runtime.hear(samples, view.length)
     with clock.stage(stage):
         reuse.features.put(view.content, values)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Collection, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from functools import partial
 from threading import Lock
 from typing import overload
@@ -167,10 +167,12 @@ class Engine:
         pan_and_scan: bool = False,
         prefill_chunk: int = PREFILL_CHUNK,
         cache: bool = True,
+        cancelled: Callable[[], bool] | None = None,
     ) -> Generator[Chunk, None, None]:
         """Answer in chunks of text; joined they are the text of the reply, which the last chunk carries.
 
-        Nothing runs before the first `next()`. Closing the generator cancels the work.
+        Nothing runs before the first `next()`. Closing the generator cancels the work; `cancelled` does it while the
+        generator runs.
 
         Args:
             conversation: a part, a list of parts (one user turn) or a list of `Turn`. A part is text, a picture, a
@@ -201,6 +203,7 @@ class Engine:
             prefill_chunk: tokens of the prompt that run at once, more where tokens that see each other would be parted.
             cache: go on from what earlier requests left, and leave something for later ones. A reply is the same with
                 and without up to rounding; where bit for bit repetition matters, switch it off.
+            cancelled: asked before each file, run of a graph and chunk of the prompt whether to stop there.
 
         Raises:
             InputError: a part, budget, sampling value, limit or format cannot be used (ImageError, DocumentError,
@@ -208,8 +211,9 @@ class Engine:
                 Nothing has run then; only damage inside a page shows when the page is drawn, and a grammar may become
                 too expensive.
             ModelOutputError: the model gave something that cannot be decoded.
+            Cancelled: `cancelled` has said so.
         """
-        clock = StageClock()
+        clock = StageClock(cancelled=cancelled)
         rules = make_rules(
             self.manifest,
             self.runtime.vocabulary,
@@ -364,7 +368,7 @@ class Engine:
             candidate, last = yield from decoding.run(
                 logits,
                 session.length,
-                partial(self._extend, session, prefill_chunk),
+                partial(self._extend, session, prefill_chunk, clock),
                 lambda text: parse_boxes(text, self.manifest.reply.boxes, [picture.size for picture in asked.pictures]),
             )
             if not index:
@@ -394,18 +398,22 @@ class Engine:
         for stop in course.stops:
             if stop > session.length:
                 with clock.stage("prefill"):
-                    with self._turn:
-                        self._require_open()
-                        ids = asked.prompt.ids[:stop]
-                        logits = session.prefill(ids, soft, chunk=chunk, first=session.length)
+                    runs = session.prefill_chunks(asked.prompt.ids[:stop], soft, chunk=chunk, first=session.length)
+                    while session.length < stop:
+                        logits = self._run(partial(next, runs), clock)
                     reuse.keep(session, course, logits)
         return logits
 
-    def _extend(self, session: Session, chunk: int, tokens: Sequence[int]) -> np.ndarray:
+    def _extend(self, session: Session, chunk: int, clock: StageClock, tokens: Sequence[int]) -> np.ndarray:
         """Run tokens of a reply, at most `chunk` at once; returns the logits that follow them."""
         logits = np.empty(0, np.float32)
         for start in range(0, len(tokens), chunk):
-            with self._turn:
-                self._require_open()
-                logits = session.extend(tokens[start : start + chunk])
+            logits = self._run(partial(session.extend, tokens[start : start + chunk]), clock)
         return logits
+
+    def _run(self, run: Callable[[], np.ndarray], clock: StageClock) -> np.ndarray:
+        """Run the decoder when it is free, unless the request is not wanted any more."""
+        with self._turn:
+            self._require_open()
+            clock.check()
+            return run()

@@ -14,6 +14,7 @@
     │   └── ContextFull        the prompt does not fit the context
     ├── DeviceError            the device that was asked for cannot be used
     ├── ModelOutputError       the model produced something that cannot be decoded (non-finite logits)
+    ├── Cancelled              the caller does not want the reply any more
     └── ExportError            a checkpoint cannot be turned into a bundle
 
 The command line prints any of them as one line and exits with 1.
@@ -22,6 +23,7 @@ The command line prints any of them as one line and exits with 1.
 __all__ = [
     "AudioError",
     "BundleError",
+    "Cancelled",
     "ContextFull",
     "DeviceError",
     "DocumentError",
@@ -101,6 +103,10 @@ class DeviceError(SiglanceError):
 
 class ModelOutputError(SiglanceError):
     """The model produced something that cannot be decoded, such as non-finite logits."""
+
+
+class Cancelled(SiglanceError):
+    """The caller does not want the reply any more."""
 
 
 class ExportError(SiglanceError):

@@ -12,6 +12,7 @@ from typing import ParamSpec
 import numpy as np
 
 from .boxes import Box
+from .errors import Cancelled
 from .logprobs import Logprob
 from .sampling import Effective
 from .tools import MalformedCall, ToolCall
@@ -250,15 +251,22 @@ def whole_reply(
 
 @dataclass(slots=True)
 class StageClock:
-    """Adds up wall time by stage."""
+    """Adds up wall time by stage. No stage begins, and no step of the model, once the request is `cancelled`."""
 
     started: float = field(default_factory=perf_counter)
     first_token: float | None = None
     tokens: int = 0
     stages: dict[str, float] = field(default_factory=dict)
+    cancelled: Callable[[], bool] | None = None
+
+    def check(self) -> None:
+        """Raise Cancelled if the request is."""
+        if self.cancelled is not None and self.cancelled():
+            raise Cancelled("the request has been cancelled")
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
+        self.check()
         begin = perf_counter()
         try:
             yield

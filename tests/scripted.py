@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -73,6 +73,11 @@ class _ScriptedSession:
         runtime.ids, runtime.soft = ids.tolist(), list(soft)
         self.length = len(ids)
         return runtime.logits(0)
+
+    def prefill_chunks(
+        self, ids: np.ndarray, soft: Sequence[SoftTokens] = (), *, chunk: int = 1, first: int = 0
+    ) -> Iterator[np.ndarray]:
+        yield self.prefill(ids, soft, chunk=chunk, first=first)
 
     def extend(self, tokens: Sequence[int]) -> np.ndarray:
         """One run; the script goes on behind the last token."""

@@ -5,9 +5,12 @@ Readers and the service raise `Failure`; each protocol writes it in its own shap
 
 from __future__ import annotations
 
-from ..errors import InputError, SiglanceError
+import traceback
 
-__all__ = ["Failure", "failure_of"]
+from ..errors import Cancelled, InputError, SiglanceError
+from .settings import Settings
+
+__all__ = ["Failure", "failure_of", "gone", "trace_of"]
 
 
 class Failure(Exception):
@@ -18,7 +21,7 @@ class Failure(Exception):
         message: one line for the caller: the part, the value and the limit. Never a trace, never a path of the server.
         field: the field of the body that is at fault, in the caller's own spelling ("contents[0].parts[1]"), or None.
         kind: a short name: "invalid", "unauthorized", "forbidden", "not_found", "method", "too_large", "busy",
-            "unavailable", "timeout", "internal".
+            "unavailable", "timeout", "gone", "internal".
         retry_after: seconds after which the caller may try again, for "busy" and "unavailable".
     """
 
@@ -45,6 +48,22 @@ def failure_of(error: Exception) -> Failure:
         return error
     if isinstance(error, InputError):
         return Failure(400, str(error))
+    if isinstance(error, Cancelled):  # by the server: a client that has left is told nothing
+        return Failure(503, "the server is shutting down", kind="unavailable", retry_after=5)
     if isinstance(error, SiglanceError):
         return Failure(500, str(error), kind="internal")
     return Failure(500, "the server failed; its log says why", kind="internal")
+
+
+def gone() -> Failure:
+    """For a client that did not wait for the answer; nobody reads this."""
+    return Failure(499, "the client has closed the connection", kind="gone")
+
+
+def trace_of(error: BaseException, settings: Settings) -> str:
+    """Where an error that nobody expected came from, for the log: its text may repeat a prompt."""
+    places = " < ".join(
+        f"{frame.filename}:{frame.lineno} {frame.name}" for frame in reversed(traceback.extract_tb(error.__traceback__))
+    )
+    text = f": {error}" if settings.log_prompts else ""
+    return f"{type(error).__name__}{text} at {places}"

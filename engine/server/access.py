@@ -1,0 +1,84 @@
+"""Files of a request: in the request itself, or where the person who started the server allows it.
+
+Without `--allow-dir` and `--allow-host` a request can make the server read nothing and connect to nowhere.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import re
+import urllib.parse
+from collections.abc import Callable
+
+from .failures import Failure
+from .files import FileReader
+from .hosts import HostReader
+from .settings import Settings
+
+__all__ = ["Access"]
+
+_PIECE = 2**18  # characters, of which base64 makes whole bytes
+_URL_SAFE = bytes.maketrans(b"-_", b"+/")
+_HEADER = re.compile(r"data:([^,;]*)((?:;[^,;]*)*?);base64,", re.IGNORECASE)
+_HEADER_LENGTH = 1024
+
+
+class Access:
+    """Reads what requests name. Every `place` is where that stands in the body, for messages."""
+
+    def __init__(self, settings: Settings):
+        self._most = settings.limits.max_bytes
+        files, hosts = FileReader(settings.allow_dirs, self._most), HostReader(settings.allow_hosts, self._most)
+        self._readers: dict[str, Callable[[urllib.parse.SplitResult, str], bytes]] = {
+            "file": files.read,
+            "http": hosts.read,
+            "https": hosts.read,
+        }
+
+    def base64(self, text: str, place: str) -> bytes:
+        """The bytes of base64 text, in the standard or the URL-safe alphabet. Raises Failure."""
+        if len(text) * 3 // 4 > self._most + 2:
+            raise Failure(400, f"{place} is over the limit of {self._most} bytes", field=place)
+        try:
+            raw = text.encode("ascii").translate(_URL_SAFE).rstrip(b"=")
+            if len(text) - len(raw) > 2:
+                raise binascii.Error("padding")
+            raw += b"=" * (-len(raw) % 4)
+            # In pieces, because other threads wait meanwhile.
+            pieces = (raw[start : start + _PIECE] for start in range(0, len(raw), _PIECE))
+            data = b"".join(base64.b64decode(piece, validate=True) for piece in pieces)
+        except ValueError:  # of which UnicodeEncodeError and binascii.Error are kinds
+            raise Failure(400, f"{place} is not base64", field=place) from None
+        if not data:
+            raise Failure(400, f"{place} is empty", field=place)
+        if len(data) > self._most:
+            raise Failure(400, f"{place} is over the limit of {self._most} bytes", field=place)
+        return data
+
+    def data_uri(self, text: str, place: str) -> bytes:
+        """The bytes of "data:TYPE;base64,...". Raises Failure."""
+        header = _HEADER.match(text, 0, _HEADER_LENGTH)
+        if header is None:
+            raise Failure(400, f"{place} is not a data URI in base64 (data:image/png;base64,...)", field=place)
+        return self.base64(text[header.end() :], place)
+
+    async def read(self, uri: str, place: str) -> bytes:
+        """The bytes of a file that a "file:", "http:" or "https:" URI names. Raises Failure, mostly 403."""
+        if uri[:5].lower() == "data:":
+            return await asyncio.to_thread(self.data_uri, uri, place)
+        if len(uri) > 8192 or not uri.isascii() or not uri.isprintable() or " " in uri:
+            raise Failure(400, f"{place} is not a URI", field=place)
+        try:
+            parts = urllib.parse.urlsplit(uri)
+            _ = parts.port  # looks at it for the first time
+        except ValueError:
+            raise Failure(400, f"{place} is not a URI", field=place) from None
+        reader = self._readers.get(parts.scheme)
+        if reader is None:
+            known = ", ".join(f"{scheme}:" for scheme in ("data", *self._readers))
+            raise Failure(
+                400, f"{place}: URIs of the kind {parts.scheme[:20]!r} are not read, only {known}", field=place
+            )
+        return await asyncio.to_thread(reader, parts, place)

@@ -1,0 +1,124 @@
+"""A server that runs in a thread of the tests, on a free port of this machine."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import uvicorn
+
+from siglance.engine import Engine
+from siglance.engine.server.app import MakeProtocol, create_app
+from siglance.engine.server.service import Model, Service
+from siglance.engine.server.settings import Settings
+
+__all__ = ["Answer", "Running", "serving"]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came back: `json()` of the body."""
+
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+
+@dataclass(frozen=True)
+class Running:
+    """A server that takes requests."""
+
+    host: str
+    port: int
+    service: Service
+
+    @property
+    def url(self) -> str:
+        return f"http://{self.host}:{self.port}"
+
+    def connect(self) -> socket.socket:
+        """A connection, for what no client would send."""
+        return socket.create_connection((self.host, self.port), timeout=60)
+
+    def ask(self, method: str, path: str, body: object = None, **headers: str) -> Answer:
+        """One request: an object goes as JSON, bytes as they are. Names of headers have _ for -."""
+        connection = http.client.HTTPConnection(self.host, self.port, timeout=60)
+        given = {name.replace("_", "-"): value for name, value in headers.items()}
+        if body is not None:
+            given.setdefault("content-type", "application/json")
+        data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
+        try:
+            connection.request(method, path, data, given)
+            answer = connection.getresponse()
+            return Answer(answer.status, {name.lower(): value for name, value in answer.getheaders()}, answer.read())
+        finally:
+            connection.close()
+
+    def get(self, path: str, **headers: str) -> Answer:
+        return self.ask("GET", path, **headers)
+
+    def post(self, path: str, body: object, **headers: str) -> Answer:
+        return self.ask("POST", path, body, **headers)
+
+    def idle(self) -> bool:
+        """Whether nothing runs and nothing waits."""
+        lines = [line for desk in self.service._desks.values() for line in (desk.line, desk.counts)]
+        return not any(line.running or line.waiting for line in lines)
+
+    def settle(self, seconds: float = 10.0) -> None:
+        """Wait until the server is idle."""
+        end = time.monotonic() + seconds
+        while not self.idle():
+            assert time.monotonic() < end, "requests are still running"
+            time.sleep(0.002)
+
+
+@contextmanager
+def serving(
+    engines: Engine | dict[str, Engine],
+    settings: Settings | None = None,
+    makers: Sequence[MakeProtocol] | None = None,
+) -> Iterator[Running]:
+    """A real server (uvicorn) around engines, which stay open. Stops at the end."""
+    settings = settings or Settings()
+    models = engines if isinstance(engines, dict) else {engines.manifest.name: engines}
+    ready, made = threading.Event(), []
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        port = listening.getsockname()[1]
+
+        def run() -> None:
+            service = Service([Model(name, engine, 1_700_000_000) for name, engine in models.items()], settings)
+            app = create_app(service, settings, makers)
+            config = uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off")
+            server = uvicorn.Server(config)
+            server.install_signal_handlers = lambda: None  # pyright: ignore[reportAttributeAccessIssue]
+            made.extend((service, server))
+            ready.set()
+            server.run(sockets=[listening])
+
+        thread = threading.Thread(target=run, name="server")
+        thread.start()
+        try:
+            assert ready.wait(30)
+            service, server = made
+            while not server.started:
+                assert thread.is_alive()
+                time.sleep(0.002)
+            yield Running("127.0.0.1", port, service)
+        finally:
+            if made:
+                made[0].close()
+                made[1].should_exit = True
+            thread.join(30)
+            assert not thread.is_alive()
