@@ -17,14 +17,13 @@ import numpy as np
 import typer
 
 from . import output
-from .audio import is_sound_source
+from .attachments import Scene, attach, attach_all, parts_of
 from .bundle import Bundle
 from .chat_command import converse
 from .engine import DEFAULT_MAX_TOKENS, Engine
 from .errors import InputError, PromptError, SiglanceError
 from .graph import usable_cores, versions
 from .limits import read_limits
-from .media import is_document, is_moving
 from .option_files import read_format, read_ids, read_tools_file
 from .options import (
     BudgetOption,
@@ -44,6 +43,7 @@ from .options import (
     PromptOption,
     RawOption,
     SeedOption,
+    SoundOption,
     StartOption,
     Switch,
     SystemOption,
@@ -53,8 +53,6 @@ from .options import (
     TopKOption,
     TopPOption,
 )
-from .parts import Audio, Image, PartLike, Pdf, Video
-from .prompt import Text
 from .reply import Reply
 from .reply_writer import ReplyWriter, remarks
 from .runtime import PREFILL_CHUNK, Runtime
@@ -81,6 +79,7 @@ def run(
     fps: FpsOption = None,
     start: StartOption = None,
     end: EndOption = None,
+    sound: SoundOption = False,
     prompt: PromptOption = "",
     system: SystemOption = None,
     image_tokens: BudgetOption = None,
@@ -136,8 +135,8 @@ def run(
     """Ask a question about pictures, or complete a text."""
     ids = None if prompt_ids is None else read_ids(prompt_ids)
     limits = read_limits(limit or ())
-    scene = _Scene(fps, start, end)
-    parts = _parts(image, pages, scene, prompt)
+    scene = Scene(fps, start, end, sound)
+    parts = parts_of(image, pages, scene, prompt)
     if draw is not None and len(image or []) != 1:
         raise InputError(f"--draw draws on the picture of the prompt, which needs exactly one, not {len(image or [])}")
     if ids is None and not parts and not raw:
@@ -145,7 +144,7 @@ def run(
     for option, path in (("--logits", logits), ("--draw", draw)):
         output.check_place(option, path)
     drawing = None if draw is None else output.picture_format("--draw", draw)
-    canvas = None if draw is None else output.canvas(_attached(image, pages, scene)[0], limits)
+    canvas = None if draw is None else output.canvas(attach_all(image, pages, scene)[0], limits)
     sampling = Sampling(
         temperature=temperature,
         top_k=top_k,
@@ -214,6 +213,7 @@ def chat(
     fps: FpsOption = None,
     start: StartOption = None,
     end: EndOption = None,
+    sound: SoundOption = False,
     tools: ToolsOption = None,
     thinking: ThinkingOption = False,
     cache: CacheOption = Switch.on,
@@ -236,8 +236,8 @@ def chat(
         )
         if bundle == "demo":
             output.note(output.DEMO_NOTE)
-        scene = _Scene(fps, start, end)
-        converse(engine, talk, name=engine.manifest.name, attach=lambda argument: _file(argument, None, scene))
+        scene = Scene(fps, start, end, sound)
+        converse(engine, talk, name=engine.manifest.name, attach=lambda argument: attach(argument, None, scene))
 
 
 @app.command()
@@ -309,26 +309,37 @@ def inspect(
 
 @app.command()
 def bench(
-    bundle: Annotated[str, typer.Argument(metavar="BUNDLE", help="Folder of a bundle, or a name in the cache.")],
+    bundle: Annotated[
+        str | None, typer.Argument(metavar="[BUNDLE]", help="Folder of a bundle, or a name in the cache; else the demo.")
+    ] = None,
+    prompt_tokens: Annotated[int, typer.Option(metavar="N", help="Tokens of the prompts.")] = 512,
+    image_tokens: BudgetOption = None,
+    new_tokens: Annotated[int, typer.Option(metavar="N", help="Tokens of the replies.")] = 128,
+    repeats: Annotated[int, typer.Option(metavar="N", help="Rounds, of which the median counts.")] = 5,
+    threads: Annotated[int | None, typer.Option(metavar="N", help="Threads; else one for each usable core.")] = None,
     perplexity: Annotated[
-        Path, typer.Option(metavar="TEXT_FILE", help="Measure how well the bundle predicts this text.")
-    ],
+        Path | None, typer.Option(metavar="TEXT_FILE", help="Also measure how well the bundle predicts this text.")
+    ] = None,
+    compare: Annotated[
+        tuple[str, str] | None,
+        typer.Option(metavar="A B", help="Measure two bundles in alternation instead; exit with 1 if B is slower."),
+    ] = None,
+    threshold: Annotated[
+        float | None, typer.Option(metavar="P", help="With --compare: by more than so many percent; else 5.")
+    ] = None,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """Measure a bundle: its perplexity on a text."""
-    from . import perplexity as scoring
+    """Measure a bundle: how fast it is here, how far from what this machine could do, what memory it takes."""
+    from .bench.command import bench_command
 
-    text, sha256 = scoring.read_text(perplexity)
-    opened = Bundle.open(bundle)
-    found = scoring.measure(Runtime(opened, device=device), scoring.text_ids(opened, text))
-    if as_json:
-        machine = {"platform": platform.platform(), "cores": usable_cores()}
-        facts = {"perplexity": dataclasses.asdict(found) | {"text_sha256": sha256}}
-        print(json.dumps(facts | {"machine": machine, "versions": versions()}))
-    else:
-        print(f"perplexity {found.perplexity:.3f} +- {found.standard_error:.3f}")
-        print(f"  {found.scored_tokens} of {found.tokens} tokens in {found.chunks} chunks, {found.seconds:.0f} s")
+    options = {"prompt_tokens": prompt_tokens, "image_tokens": image_tokens, "new_tokens": new_tokens}
+    options |= {"repeats": repeats, "threads": threads, "device": device}
+    with output.progress() as report:
+        slower = bench_command(bundle, compare, threshold, perplexity, as_json, report, **options)
+    if slower is not None:
+        output.note(f"siglance: {slower}")
+        raise typer.Exit(1)
 
 
 @app.command("count-tokens")
@@ -339,6 +350,7 @@ def count_tokens(
     fps: FpsOption = None,
     start: StartOption = None,
     end: EndOption = None,
+    sound: SoundOption = False,
     prompt: PromptOption = "",
     system: SystemOption = None,
     image_tokens: BudgetOption = None,
@@ -350,8 +362,8 @@ def count_tokens(
     as_json: JsonOption = False,
 ) -> None:
     """Count the tokens of a prompt by modality, without running the model."""
-    scene = _Scene(fps, start, end)
-    parts = _parts(image, pages, scene, prompt)
+    scene = Scene(fps, start, end, sound)
+    parts = parts_of(image, pages, scene, prompt)
     with Engine.open(bundle, limits=read_limits(limit or ())) as engine:
         counts = engine.count_tokens(
             parts,
@@ -366,46 +378,6 @@ def count_tokens(
         print(json.dumps(counts))
     else:
         print("\n".join(f"{name} {count}" for name, count in counts.items()))
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Scene:
-    """What is wanted of videos, and of sounds but for the frames."""
-
-    fps: float | None
-    start: float | None
-    end: float | None
-
-    def __str__(self) -> str:
-        given = {"--fps": self.fps, "--start": self.start, "--end": self.end}
-        return " ".join(f"{name} {value:g}" for name, value in given.items() if value is not None)
-
-
-def _parts(images: list[str] | None, pages: str | None, scene: _Scene, prompt: str) -> list[PartLike]:
-    return [*_attached(images, pages, scene), *([Text(prompt)] if prompt else [])]
-
-
-def _attached(images: list[str] | None, pages: str | None, scene: _Scene) -> list[Image | Pdf | Video | Audio]:
-    attached = [_file(argument, pages, scene) for argument in images or []]
-    if str(scene) and not any(isinstance(part, Video | Audio) for part in attached):
-        raise InputError(f"{scene}: none of the files is a video{'' if scene.fps is not None else ' or a sound'}")
-    if pages is not None and not any(isinstance(part, Pdf) for part in attached):
-        raise InputError(f"--pages {pages}: none of the files is a PDF")
-    return attached
-
-
-def _file(argument: str, pages: str | None, scene: _Scene) -> Image | Pdf | Video | Audio:
-    """FILE or FILE@BUDGET; a file whose name really ends in @digits is found under its full name."""
-    name, separator, budget = argument.rpartition("@")
-    has_budget = separator and budget.isdecimal() and not os.path.exists(argument)
-    source = name if has_budget else argument
-    source = source if source.lower().startswith("data:") else Path(source)
-    tokens = int(budget) if has_budget else None
-    if str(scene) and scene.fps is None and tokens is None and is_sound_source(source):
-        return Audio(source, scene.start or 0.0, scene.end)
-    if is_moving(source) and not is_sound_source(source):
-        return Video(source, scene.fps, scene.start, scene.end, tokens)
-    return Pdf(source, pages, tokens) if pages is not None and is_document(source) else Image(source, tokens)
 
 
 def main() -> NoReturn:

@@ -26,6 +26,7 @@ __all__ = [
     "PromptOption",
     "RawOption",
     "SeedOption",
+    "SoundOption",
     "StartOption",
     "Switch",
     "SystemOption",
@@ -66,6 +67,7 @@ StartOption = Annotated[
     float | None, typer.Option("--start", metavar="S", help="Second at which videos and sounds begin.")
 ]
 EndOption = Annotated[float | None, typer.Option("--end", metavar="S", help="Second at which videos and sounds end.")]
+SoundOption = Annotated[bool, typer.Option("--sound", help="Hear the videos too, if the model has ears.")]
 LimitOption = Annotated[
     list[str] | None,
     typer.Option(
