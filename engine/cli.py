@@ -26,8 +26,12 @@ from .graph import usable_cores, versions
 from .limits import read_limits
 from .option_files import read_format, read_ids, read_tools_file
 from .options import (
+    AllowDirOption,
+    AllowHostOption,
+    ApiKeyOption,
     BudgetOption,
     BundleArgument,
+    BundlesArgument,
     CacheOption,
     DeviceOption,
     EndOption,
@@ -280,6 +284,29 @@ def export(
 
 
 @app.command()
+def serve(
+    bundles: BundlesArgument = None,
+    host: Annotated[str, typer.Option(metavar="H", help="Address or name to listen at.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(metavar="P", min=0, max=65535, help="0 takes a free one.")] = 8000,
+    api_key: ApiKeyOption = None,
+    allow_dir: AllowDirOption = None,
+    allow_host: AllowHostOption = None,
+    queue: Annotated[int, typer.Option(metavar="N", min=0, help="Requests that may wait, for each bundle.")] = 64,
+    feature_cache: FeatureCacheOption = None,
+    limit: LimitOption = None,
+    device: DeviceOption = "auto",
+    log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Let the log repeat what was asked.")] = False,
+) -> None:
+    """Answer over HTTP in the protocols of Gemini, OpenAI and NVIDIA NIM."""
+    try:
+        from .server import command
+    except ModuleNotFoundError as error:
+        raise InputError(f"serve needs the package {error.name!r}: pip install 'siglance[server]'") from None
+    settings = command.settings_of(host, port, queue, api_key, allow_dir, allow_host, limit, log_prompts)
+    command.serve(bundles or ["demo"], settings, device=device, feature_cache=feature_cache)
+
+
+@app.command()
 def verify(bundle: BundleArgument = "demo", device: DeviceOption = "auto", as_json: JsonOption = False) -> None:
     """Replay the self-test of a bundle on this device."""
     with Engine.open(bundle, device=device) as engine:
@@ -310,7 +337,8 @@ def inspect(
 @app.command()
 def bench(
     bundle: Annotated[
-        str | None, typer.Argument(metavar="[BUNDLE]", help="Folder of a bundle, or a name in the cache; else the demo.")
+        str | None,
+        typer.Argument(metavar="[BUNDLE]", help="Folder of a bundle, or a name in the cache; else the demo."),
     ] = None,
     prompt_tokens: Annotated[int, typer.Option(metavar="N", help="Tokens of the prompts.")] = 512,
     image_tokens: BudgetOption = None,

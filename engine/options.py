@@ -9,8 +9,12 @@ from typing import Annotated
 import typer
 
 __all__ = [
+    "AllowDirOption",
+    "AllowHostOption",
+    "ApiKeyOption",
     "BudgetOption",
     "BundleArgument",
+    "BundlesArgument",
     "CacheOption",
     "DeviceOption",
     "EndOption",
@@ -45,6 +49,10 @@ class Switch(Enum):
     off = "off"
 
 
+BundlesArgument = Annotated[
+    list[str] | None,
+    typer.Argument(help="Folders of bundles, or names in the cache; else the demo.", metavar="[BUNDLE]..."),
+]
 BundleArgument = Annotated[str, typer.Argument(help="Folder of a bundle, or a name in the cache.", metavar="[BUNDLE]")]
 ImageOption = Annotated[
     list[str] | None,
@@ -107,3 +115,19 @@ ToolsOption = Annotated[
     typer.Option("--tools", metavar="FILE", help="Functions that the model may call: a JSON list of declarations."),
 ]
 ThinkingOption = Annotated[bool, typer.Option("--thinking", help="Let the model think before it answers.")]
+ApiKeyOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--api-key", metavar="K", envvar="SIGLANCE_API_KEY", help="Ask for this key; give several to allow each."
+    ),
+]
+AllowDirOption = Annotated[
+    list[Path] | None,
+    typer.Option("--allow-dir", metavar="D", help="Let requests name files in this folder; without it none."),
+]
+AllowHostOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--allow-host", metavar="H", help="Let requests name files on this host, NAME or NAME:PORT; without it none."
+    ),
+]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import traceback
 
-from ..errors import Cancelled, InputError, SiglanceError
+from ..errors import Cancelled, ContextFull, InputError, SiglanceError
 from .settings import Settings
 
 __all__ = ["Failure", "failure_of", "gone", "trace_of"]
@@ -20,8 +20,8 @@ class Failure(Exception):
         status: the HTTP status.
         message: one line for the caller: the part, the value and the limit. Never a trace, never a path of the server.
         field: the field of the body that is at fault, in the caller's own spelling ("contents[0].parts[1]"), or None.
-        kind: a short name: "invalid", "unauthorized", "forbidden", "not_found", "method", "too_large", "busy",
-            "unavailable", "timeout", "gone", "internal".
+        kind: a short name: "invalid", "context" (a prompt that does not fit), "unauthorized", "forbidden", "not_found",
+            "method", "too_large", "busy", "unavailable", "timeout", "gone", "internal".
         retry_after: seconds after which the caller may try again, for "busy" and "unavailable".
     """
 
@@ -46,6 +46,8 @@ def failure_of(error: Exception) -> Failure:
     """What the caller is told about an error of the engine: what is wrong with the input, and nothing of the rest."""
     if isinstance(error, Failure):
         return error
+    if isinstance(error, ContextFull):
+        return Failure(400, str(error), kind="context")
     if isinstance(error, InputError):
         return Failure(400, str(error))
     if isinstance(error, Cancelled):  # by the server: a client that has left is told nothing

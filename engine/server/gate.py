@@ -22,6 +22,7 @@ from .settings import Settings
 __all__ = ["Gate", "write_failure"]
 
 _OPEN = "/health"  # needs no key
+_BODIES = 4  # of the largest size, held at a time
 _HEADERS = {"x-content-type-options": "nosniff", "cache-control": "no-store"}
 _LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]")
 
@@ -37,16 +38,26 @@ class Gate:
         self._settings = settings
         self._metrics = metrics
         self._keys = [_digest(key) for key in settings.api_keys]
+        self._held, self._most_held = 0, _BODIES * settings.body_bytes  # bytes of bodies
         # Pages of the web can make a name of theirs stand for this machine, and a browser would take them for one
         # place. They cannot know a key.
         guard = is_loopback(settings.host) and not self._keys
-        self._names = {settings.host, *_LOCAL_NAMES} if guard else None
+        self._names = {settings.host.lower(), f"[{settings.host}]", *_LOCAL_NAMES} if guard else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        begin, status = perf_counter(), 0
+        begin, status, held = perf_counter(), 0, 0
+
+        async def take() -> Message:
+            nonlocal held
+            message = await receive()
+            size = len(message.get("body", b""))
+            held, self._held = held + size, self._held + size
+            if self._held > self._most_held:
+                raise Failure(503, "the server holds too many large requests", kind="busy", retry_after=5)
+            return message
 
         async def note(message: Message) -> None:
             nonlocal status
@@ -59,7 +70,7 @@ class Gate:
 
         try:
             self._admit(scope)
-            await self._app(scope, receive, note)
+            await self._app(scope, take, note)
         except Exception as error:
             failure = failure_of(error)
             if failure.kind == "internal":
@@ -68,6 +79,7 @@ class Gate:
                 raise _Broken from None  # the answer has begun: its end must be seen to be missing
             await self.write(scope["path"], failure)(scope, receive, note)
         finally:
+            self._held -= held
             protocol = self.protocol(scope["path"])
             name = protocol.name if protocol else "server"
             self._metrics.requests.labels(name, str(status)).inc()

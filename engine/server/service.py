@@ -54,10 +54,9 @@ class _Desk:
         self.counts = Line(_COUNTS, settings.queue)
         self.threads = ThreadPoolExecutor(PARALLEL + _COUNTS, f"siglance-{name}")
 
-    def close(self) -> None:
+    def drain(self) -> None:
         self.line.close()
         self.counts.close()
-        self.threads.shutdown(wait=False)
 
 
 class Service:
@@ -117,12 +116,17 @@ class Service:
                 return counts
         raise AssertionError("a count gives one result")
 
-    def close(self) -> None:
-        """Send away who waits and stop what runs, each request at its next step."""
+    def drain(self) -> None:
+        """Let nobody in any more and send away who waits; what runs goes on."""
         for desk in self._desks.values():
-            desk.close()
+            desk.drain()
+
+    def close(self) -> None:
+        """Stop what runs too, each request at its next step. Returns when the threads have ended."""
         for cancel in list(self._cancels):
             cancel.set()
+        for desk in self._desks.values():
+            desk.threads.shutdown()
 
     async def _chunks(self, model: Model, request: Request, http: HttpRequest) -> AsyncGenerator[Chunk, None]:
         """The pieces of a reply."""

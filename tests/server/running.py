@@ -118,7 +118,7 @@ def serving(
             yield Running("127.0.0.1", port, service)
         finally:
             if made:
-                made[0].close()
                 made[1].should_exit = True
             thread.join(30)
             assert not thread.is_alive()
+            made[0].close()

@@ -1,0 +1,56 @@
+"""Server-sent events: replies as they are written, for the protocols that end a stream with `data: [DONE]`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncGenerator, Callable, Iterable
+from contextlib import aclosing
+from typing import Any
+
+from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from ..reply import Chunk
+from .failures import Failure
+
+__all__ = ["EventStream"]
+
+_DONE = "data: [DONE]\n\n"
+
+
+class EventStream(StreamingResponse):
+    """The answer that sends each piece of a reply as an event. The reply is cancelled when the answer ends early."""
+
+    def __init__(
+        self,
+        chunks: AsyncGenerator[Chunk, None],
+        write: Callable[[Chunk], Iterable[dict[str, Any]]],
+        write_failure: Callable[[Failure], dict[str, Any]],
+    ):
+        """`write` gives the events of a piece, `write_failure` the event that says why nothing more comes."""
+        super().__init__(_events(chunks, write, write_failure), media_type="text/event-stream")
+        self._chunks = chunks
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with aclosing(self._chunks):
+            await super().__call__(scope, receive, send)
+
+
+async def _events(
+    chunks: AsyncGenerator[Chunk, None],
+    write: Callable[[Chunk], Iterable[dict[str, Any]]],
+    write_failure: Callable[[Failure], dict[str, Any]],
+) -> AsyncGenerator[str, None]:
+    try:
+        async for chunk in chunks:
+            for event in write(chunk):
+                yield _event(event)
+    except Failure as failure:
+        yield _event(write_failure(failure))
+        return
+    yield _DONE
+
+
+def _event(data: dict[str, Any]) -> str:
+    # In ASCII: some clients take U+2028 for the end of a line.
+    return f"data: {json.dumps(data, allow_nan=False, separators=(',', ':'))}\n\n"
