@@ -15,32 +15,30 @@ from .failures import Failure
 
 __all__ = ["EventStream"]
 
+_Chunks = AsyncGenerator[Chunk, None]
+_Write = Callable[[Chunk], Iterable[dict[str, Any]]]
+_WriteFailure = Callable[[Failure], dict[str, Any]]
+
 _DONE = "data: [DONE]\n\n"
 
 
 class EventStream(StreamingResponse):
-    """The answer that sends each piece of a reply as an event. The reply is cancelled when the answer ends early."""
+    """The answer that sends each piece of a reply as an event.
 
-    def __init__(
-        self,
-        chunks: AsyncGenerator[Chunk, None],
-        write: Callable[[Chunk], Iterable[dict[str, Any]]],
-        write_failure: Callable[[Failure], dict[str, Any]],
-    ):
+    The reply is cancelled when the answer ends early. Whether the client is still there, the service watches.
+    """
+
+    def __init__(self, chunks: _Chunks, write: _Write, write_failure: _WriteFailure):
         """`write` gives the events of a piece, `write_failure` the event that says why nothing more comes."""
         super().__init__(_events(chunks, write, write_failure), media_type="text/event-stream")
         self._chunks = chunks
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with aclosing(self._chunks):
-            await super().__call__(scope, receive, send)
+            await self.stream_response(send)
 
 
-async def _events(
-    chunks: AsyncGenerator[Chunk, None],
-    write: Callable[[Chunk], Iterable[dict[str, Any]]],
-    write_failure: Callable[[Failure], dict[str, Any]],
-) -> AsyncGenerator[str, None]:
+async def _events(chunks: _Chunks, write: _Write, write_failure: _WriteFailure) -> AsyncGenerator[str, None]:
     try:
         async for chunk in chunks:
             for event in write(chunk):
