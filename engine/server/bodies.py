@@ -291,12 +291,12 @@ class Fields:
 
     def _check_range(self, name: str, value: float, low: float | None, high: float | None) -> None:
         if (low is not None and value < low) or (high is not None and value > high):
-            raise self.failure(name, f"is {_short(value)}, it must be{_between(low, high)}")
+            raise self.failure(name, f"is {_short(value)}, it must be{_between(low, high).removeprefix(' of')}")
 
     def _wrong(self, name: str, value: object, expected: str, index: str = "") -> Failure:
-        shown = value if isinstance(value, int | float | str) else _kind(value)
+        shown = _short(value, quote=True) if isinstance(value, int | float | str) else _kind(value)
         place = self.path(name) + index
-        return Failure(400, f"{place} is {_short(shown, quote=True)}, expected {expected}", field=place)
+        return Failure(400, f"{place} is {shown}, expected {expected}", field=place)
 
 
 def _between(low: float | None, high: float | None) -> str:
