@@ -191,11 +191,10 @@ def hf_soft_tokens(model: PreTrainedModel, patches: np.ndarray, positions: np.nd
     return features.pooler_output[0].numpy()
 
 
-@torch.no_grad()
-def hf_logits(
+def hf_inputs(
     model: PreTrainedModel, input_ids: Sequence[int], images: Sequence[tuple[np.ndarray, np.ndarray]] = ()
-) -> np.ndarray:
-    """Logits [L, V] float32 of one sequence; `images` are (patches, positions), padded to a batch as usual."""
+) -> dict[str, torch.Tensor]:
+    """What a model takes for one sequence; `images` are (patches, positions), padded to a batch as usual."""
     inputs: dict[str, torch.Tensor] = {"input_ids": torch.tensor(input_ids, dtype=torch.int64)[None]}
     if images:
         longest = max(len(patches) for patches, _ in images)
@@ -206,4 +205,27 @@ def hf_logits(
         is_image = inputs["input_ids"] == model.config.image_token_id
         inputs |= {"pixel_values": torch.from_numpy(pixels), "image_position_ids": torch.from_numpy(position_ids)}
         inputs |= {"mm_token_type_ids": is_image.to(torch.int64)}
-    return model(**inputs, use_cache=False).logits[0].numpy()
+    return inputs
+
+
+@torch.no_grad()
+def hf_logits(
+    model: PreTrainedModel, input_ids: Sequence[int], images: Sequence[tuple[np.ndarray, np.ndarray]] = ()
+) -> np.ndarray:
+    """Logits [L, V] float32 of one sequence; see `hf_inputs`."""
+    return model(**hf_inputs(model, input_ids, images), use_cache=False).logits[0].numpy()
+
+
+@torch.no_grad()
+def hf_greedy(
+    model: PreTrainedModel,
+    input_ids: Sequence[int],
+    images: Sequence[tuple[np.ndarray, np.ndarray]] = (),
+    *,
+    tokens: int,
+) -> list[int]:
+    """Ids of a greedy reply by `generate`, with the cache and the masks that it makes for itself."""
+    inputs = hf_inputs(model, input_ids, images)
+    mask = torch.ones_like(inputs["input_ids"])
+    outputs = model.generate(**inputs, attention_mask=mask, max_new_tokens=tokens, do_sample=False, eos_token_id=None)
+    return outputs[0, len(input_ids) :].tolist()
