@@ -5,10 +5,8 @@ Exit codes: 0, 1 (an error, one line on stderr), 2 (usage), 3 (`verify` found th
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
-import platform
 import sys
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -22,7 +20,6 @@ from .bundle import Bundle
 from .chat_command import converse
 from .engine import DEFAULT_MAX_TOKENS, Engine
 from .errors import InputError, PromptError, SiglanceError
-from .graph import usable_cores, versions
 from .limits import read_limits
 from .option_files import read_format, read_ids, read_tools_file
 from .options import (
@@ -59,7 +56,7 @@ from .options import (
 )
 from .reply import Reply
 from .reply_writer import ReplyWriter, remarks
-from .runtime import PREFILL_CHUNK, Runtime
+from .runtime import PREFILL_CHUNK
 from .sampling import Sampling, read_logit_bias
 
 __all__ = ["app", "main"]

@@ -5,7 +5,6 @@ A graph declares its inputs and outputs; shapes and dtypes are read from it, nev
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy as np
 import onnxruntime
 
 from .errors import BundleError, DeviceError, ModelOutputError
+from .processes import kept_by_forks, usable_cores
 
 __all__ = [
     "Device",
@@ -91,7 +91,16 @@ class Graph:
     Raises BundleError when the file cannot be loaded, DeviceError when the session did not come up on `device`.
     """
 
-    def __init__(self, path: Path, device: Device, *, threads: int | None = None, prepack: bool = True):
+    def __init__(
+        self,
+        path: Path,
+        device: Device,
+        *,
+        threads: int | None = None,
+        prepack: bool = True,
+        profile: Path | None = None,
+    ):
+        """`profile` is what the names of the files begin with that `end_profiling` leaves."""
         self.name = path.stem
         self.device = device
         options = onnxruntime.SessionOptions()
@@ -102,12 +111,16 @@ class Graph:
             # Weights stay mapped from the file instead of being copied into the layout the kernels like best.
             options.add_session_config_entry("session.disable_prepacking", "1")
             options.enable_cpu_mem_arena = False
+        if profile is not None:
+            options.enable_profiling = True
+            options.profile_file_prefix = str(profile)
         provider = _PROVIDERS[device.kind]
         settings: list[Any] = [(provider, {"device_id": str(device.index)}) if device.kind == "cuda" else provider]
         try:
             self._session = onnxruntime.InferenceSession(path, options, providers=settings)
         except Exception as error:  # onnxruntime raises a dozen unrelated classes
             raise BundleError(f"{path.name} cannot be loaded: {_first_line(error)}") from None
+        kept_by_forks(self._session)
         if self._session.get_providers()[0] != provider:
             raise DeviceError(f"{path.name} came up on {self._session.get_providers()[0]} instead of {provider}")
         self.inputs = {node.name: self._facts(node) for node in self._session.get_inputs()}
@@ -136,15 +149,14 @@ class Graph:
         except Exception as error:
             raise ModelOutputError(f"graph {self.name!r} failed: {_first_line(error)}") from error
 
+    def end_profiling(self) -> Path:
+        """Close and name the file of events (JSON) of a graph that was loaded with `profile`."""
+        return Path(self._session.end_profiling())
+
     def _facts(self, node: Any) -> TensorFacts:
         if node.type not in _DTYPES:
             raise BundleError(f"graph {self.name!r}: tensor {node.name!r} has type {node.type}, which is not supported")
         return TensorFacts(_DTYPES[node.type], tuple(node.shape))
-
-
-def usable_cores() -> int:
-    """Cores this process may run on; onnxruntime's own default counts all cores of the machine."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def tensor(array: np.ndarray) -> onnxruntime.OrtValue:

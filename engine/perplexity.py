@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +29,7 @@ __all__ = [
     "log_probabilities",
     "losses",
     "measure",
+    "measure_all",
     "read_text",
     "scored_rows",
     "text_ids",
@@ -41,7 +42,10 @@ _ROWS = 64  # rows of logits held at once: 67 MB with a vocabulary of 262,144
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Perplexity:
-    """`perplexity` and its standard error, over `scored_tokens` of `tokens` of the text."""
+    """`perplexity` and its standard error, over `scored_tokens` of `tokens` of the text.
+
+    `top1_agreement` is the share of scored rows whose best token is that of another bundle, None without one.
+    """
 
     perplexity: float
     standard_error: float
@@ -49,6 +53,7 @@ class Perplexity:
     chunks: int
     scored_tokens: int
     seconds: float
+    top1_agreement: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,16 +105,42 @@ def scored_rows(runtime: Runtime, ids: np.ndarray) -> Iterator[Scored]:
 
 def measure(runtime: Runtime, ids: np.ndarray) -> Perplexity:
     """The perplexity of a text's ids (see `text_ids`)."""
+    return measure_all([runtime], [ids])[0]
+
+
+def measure_all(runtimes: Sequence[Runtime], ids: Sequence[np.ndarray]) -> list[Perplexity]:
+    """The perplexity of a text in several bundles, given its ids in each of them.
+
+    Bundles with the same ids run side by side, and of each but the first is known how often its best token is that of
+    the first.
+    """
+    if any(not np.array_equal(ids[0], others) for others in ids[1:]):
+        return [measure(runtime, own) for runtime, own in zip(runtimes, ids, strict=True)]
     begin = time.perf_counter()
-    found = np.concatenate([losses(rows.logits, rows.following) for rows in scored_rows(runtime, ids)])
+    found: list[list[np.ndarray]] = [[] for _ in runtimes]
+    agreed: list[list[np.ndarray]] = [[] for _ in runtimes]
+    for slices in zip(*(scored_rows(runtime, ids[0]) for runtime in runtimes), strict=True):
+        first = slices[0].logits.argmax(-1)
+        for own, agreements, rows in zip(found, agreed, slices, strict=True):
+            own.append(losses(rows.logits, rows.following))
+            agreements.append(rows.logits.argmax(-1) == first)
+    seconds = time.perf_counter() - begin
+    return [
+        _summary(np.concatenate(own), len(ids[0]), seconds, np.concatenate(agreements) if index else None)
+        for index, (own, agreements) in enumerate(zip(found, agreed, strict=True))
+    ]
+
+
+def _summary(found: np.ndarray, tokens: int, seconds: float, agreed: np.ndarray | None) -> Perplexity:
     perplexity = float(np.exp(found.mean()))
     return Perplexity(
         perplexity=perplexity,
         standard_error=perplexity * float(found.std(ddof=1) / np.sqrt(len(found))),
-        tokens=len(ids),
-        chunks=len(ids) // CHUNK,
+        tokens=tokens,
+        chunks=tokens // CHUNK,
         scored_tokens=len(found),
-        seconds=time.perf_counter() - begin,
+        seconds=seconds,
+        top1_agreement=None if agreed is None else float(agreed.mean()),
     )
 
 

@@ -1,0 +1,1 @@
+"""How fast a bundle runs here, and how far from what this machine could do."""
