@@ -23,6 +23,7 @@ from .errors import InputError
 from .grammar import Constraints, Grammar
 from .limits import DEFAULT_LIMITS, Limits
 from .parts import AudioInput, Conversation, ImageInput, Words, turns_of
+from .processes import OwnProcess
 from .reading import Layout, Reader, ReadTurn, count_by_modality, text_ids
 from .reply import Candidate, Chunk, EncodedImage, EncodedSound, StageClock, whole_reply
 from .rests import Course, find_rests
@@ -75,6 +76,7 @@ class Engine:
 
         Raises BundleError, DeviceError, InputError.
         """
+        self._process = OwnProcess()  # the first attribute, so that pickling meets it first
         self.bundle = bundle
         self.manifest = bundle.manifest
         self.limits = limits
@@ -137,13 +139,10 @@ class Engine:
 
     @property
     def runtime(self) -> Runtime:
-        self._require_open()
-        assert self._runtime is not None
-        return self._runtime
-
-    def _require_open(self) -> None:
+        self._process.check()
         if self._runtime is None:
             raise InputError("this engine is closed")
+        return self._runtime
 
     # --- what callers use
 
@@ -414,6 +413,6 @@ class Engine:
     def _run(self, run: Callable[[], np.ndarray], clock: StageClock) -> np.ndarray:
         """Run the decoder when it is free, unless the request is not wanted any more."""
         with self._turn:
-            self._require_open()
+            _ = self.runtime  # raises once the engine is closed
             clock.check()
             return run()
