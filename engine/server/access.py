@@ -43,7 +43,8 @@ class Access:
             raise Failure(400, f"{place} is over the limit of {self._most} bytes", field=place)
         try:
             raw = text.encode("ascii").translate(_URL_SAFE).rstrip(b"=")
-            if len(text) - len(raw) > 2:
+            padding = len(text) - len(raw)
+            if padding > 2 or (padding and len(text) % 4):
                 raise binascii.Error("padding")
             raw += b"=" * (-len(raw) % 4)
             # In pieces, because other threads wait meanwhile.

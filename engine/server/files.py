@@ -47,12 +47,12 @@ class FileReader:
             descriptor = _open_below(folder, os.path.relpath(real, folder))
         except OSError:
             raise forbidden from None
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise forbidden
         with os.fdopen(descriptor, "rb") as file:
-            facts = os.fstat(descriptor)
-            if not stat.S_ISREG(facts.st_mode):
-                raise forbidden
-            data = file.read(self._most + 1) if facts.st_size <= self._most else None
-        if data is None or len(data) > self._most:
+            data = file.read(self._most + 1)
+        if len(data) > self._most:
             raise Failure(400, f"{place} is over the limit of {self._most} bytes", field=place)
         return data
 

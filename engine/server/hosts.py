@@ -6,10 +6,12 @@ nothing. Proxies in the environment are not asked.
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import ipaddress
 import socket
 import ssl
+import threading
 import time
 import urllib.parse
 from collections.abc import Callable, Sequence
@@ -24,7 +26,6 @@ _REDIRECTS = (301, 302, 303, 307, 308)
 _MOST_REDIRECTS = 3
 _SECONDS = 20.0  # for all of it
 _STEP = 5.0  # for one address to answer
-_PIECE = 2**16
 _KEPT = "/%:@!$&'()*+,;=~-._?"  # in paths and queries, which are encoded already
 
 Resolve = Callable[[str, int], Sequence[str]]
@@ -85,40 +86,29 @@ class HostReader:
     def _fetch(self, target: _Target, place: str, deadline: float) -> tuple[bytes, str | None]:
         """The answer of one host: the content, or where it says that the content is."""
         try:
-            with _Connection(target, self._open(target, place, deadline)) as connection:
+            with _Connection(target, self._open(target, place, deadline), deadline) as connection:
+                connection.handshake()
                 connection.request(
                     "GET", target.path, headers={"Accept-Encoding": "identity", "User-Agent": "siglance"}
                 )
-                answer = connection.getresponse()
-                if answer.status in _REDIRECTS and answer.headers["Location"]:
-                    return b"", answer.headers["Location"]
-                if answer.status != 200:
-                    raise Failure(400, f"{place}: {target.host} answers with status {answer.status}", field=place)
-                return self._content(answer, connection, target, place, deadline), None
+                with connection.getresponse() as answer:
+                    if answer.status in _REDIRECTS and answer.headers["Location"]:
+                        return b"", answer.headers["Location"]
+                    if answer.status != 200:
+                        raise Failure(400, f"{place}: {target.host} answers with status {answer.status}", field=place)
+                    content = answer.read(self._most + 1)
+                    if len(content) > self._most:
+                        raise Failure(400, f"{place} is over the limit of {self._most} bytes", field=place)
+                    complete = not answer.length
+            self._left(target, place, deadline)
         except (OSError, http.client.HTTPException) as error:
+            self._left(target, place, deadline)
             # Of the error only its kind is told: its text may say what else is in the network.
-            raise Failure(
-                400, f"{place}: cannot be read from {target.host} ({type(error).__name__})", field=place
-            ) from None
-
-    def _content(
-        self, answer: http.client.HTTPResponse, connection: _Connection, target: _Target, place: str, deadline: float
-    ) -> bytes:
-        too_large = Failure(400, f"{place} is over the limit of {self._most} bytes", field=place)
-        if answer.length is not None and answer.length > self._most:
-            raise too_large
-        content = bytearray()
-        while True:
-            connection.sock.settimeout(self._left(target, place, deadline))
-            piece = answer.read1(_PIECE)
-            content += piece
-            if len(content) > self._most:
-                raise too_large
-            if not piece:
-                break
-        if answer.length:  # closed early
+            reason = type(error).__name__
+            raise Failure(400, f"{place}: cannot be read from {target.host} ({reason})", field=place) from None
+        if not complete:
             raise Failure(400, f"{place}: {target.host} has sent a part of it only", field=place)
-        return bytes(content)
+        return content, None
 
     def _open(self, target: _Target, place: str, deadline: float) -> socket.socket:
         """A connection to the first address that answers, if all of them may be connected to."""
@@ -163,25 +153,39 @@ class _Target:
 
 
 class _Connection(http.client.HTTPConnection):
-    """A connection through a socket that is there already."""
+    """A connection through a socket that is there already, which is cut off at the deadline."""
 
-    def __init__(self, target: _Target, opened: socket.socket):
+    def __init__(self, target: _Target, opened: socket.socket, deadline: float):
         super().__init__(target.host, target.port)
         self.default_port = _PORTS[target.scheme]  # which the Host header leaves out
-        try:
-            self.sock = opened
-            if target.scheme == "https":
-                # The certificate must be that of the name, whatever address it has.
-                self.sock = ssl.create_default_context().wrap_socket(opened, server_hostname=target.host)
-        except BaseException:
-            opened.close()
-            raise
+        # `HTTPConnection` forgets its socket when the answer is the last one.
+        self._open = self.sock = opened
+        if target.scheme == "https":
+            # The certificate must be that of the name, whatever address it has.
+            context = ssl.create_default_context()
+            self._open = self.sock = context.wrap_socket(
+                opened, server_hostname=target.host, do_handshake_on_connect=False
+            )
+        self._timer = threading.Timer(max(0.0, deadline - time.monotonic()), self._cut)
+        self._timer.daemon = True
+
+    def handshake(self) -> None:
+        if isinstance(self._open, ssl.SSLSocket):
+            self._open.do_handshake()
 
     def __enter__(self) -> _Connection:
+        self._timer.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self._timer.cancel()
         self.close()
+        self._open.close()
+
+    def _cut(self) -> None:
+        """Whoever waits for the other side is told that it has ended."""
+        with contextlib.suppress(OSError):
+            socket.socket.shutdown(self._open, socket.SHUT_RDWR)
 
 
 def _allowed(host: str) -> list[tuple[str, int]]:
