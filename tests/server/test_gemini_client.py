@@ -13,26 +13,17 @@ from google.genai import errors, types
 from PIL import Image as PillowImage
 
 from siglance.engine import Image, Pdf, Sampling, Text, Turn
-from siglance.engine.server import gemini
 
 from ..pdf_files import numbered_pages
 from ..scripted import picture
 from .google_clients import COLUMNS, connected
-from .running import serving
 
 GREEDY = Sampling(temperature=0)
 
 
-@pytest.fixture(scope="module")
-def google(demo):
-    """The demo behind the Gemini protocol."""
-    with serving(demo, makers=[gemini.protocol]) as running:
-        yield running
-
-
 @pytest.fixture(scope="module", params=COLUMNS)
-def client(request, google):
-    with connected(google.url, request.param) as client:
+def client(request, server):
+    with connected(server.url, request.param) as client:
         yield client
 
 
@@ -125,7 +116,8 @@ def test_image(client, demo, png, form):
 
 def test_image_tokens_of_one_part(client, demo, png):
     part = types.Part(
-        inline_data=types.Blob(data=png, mime_type="image/png"), media_resolution=types.PartMediaResolution(num_tokens=9)
+        inline_data=types.Blob(data=png, mime_type="image/png"),
+        media_resolution=types.PartMediaResolution(num_tokens=9),
     )
     usage = client.generate([part, "describe"]).usage_metadata
     seen = {one.modality: one.token_count for one in usage.prompt_tokens_details}
@@ -190,7 +182,8 @@ def test_json_without_a_schema(client):
 def test_json_that_is_cut(client):
     """Case 70: what is there is returned."""
     response = client.generate("describe", response_schema=Thing, **JSON | {"max_output_tokens": 3})
-    assert '{"count": '.startswith(response.text) and response.text
+    assert '{"count": '.startswith(response.text)
+    assert response.text
     assert response.parsed is None
     assert response.candidates[0].finish_reason is types.FinishReason.MAX_TOKENS
 
@@ -258,7 +251,9 @@ def test_safety_settings(client):
     """There is no classifier: what would block is reported to have no effect, and nothing is rated."""
     settings = [types.SafetySetting(category="HARM_CATEGORY_HATE_SPEECH", threshold="BLOCK_ONLY_HIGH")]
     response = client.generate("describe", safety_settings=settings)
-    assert "BLOCK_ONLY_HIGH for HARM_CATEGORY_HATE_SPEECH has no effect" in response.prompt_feedback.block_reason_message
+    assert (
+        "BLOCK_ONLY_HIGH for HARM_CATEGORY_HATE_SPEECH has no effect" in response.prompt_feedback.block_reason_message
+    )
     assert response.prompt_feedback.block_reason is None
     assert response.candidates[0].safety_ratings is None
     settings[0].threshold = types.HarmBlockThreshold.BLOCK_NONE
@@ -281,7 +276,12 @@ def test_models_list_and_get(client):
     ("arguments", "code", "status", "message"),
     [
         ({"model": "nothing"}, 404, "NOT_FOUND", "no model 'nothing'"),
-        ({"temperature": 3}, 400, "INVALID_ARGUMENT", "generationConfig.temperature is 3.0, it must be between 0 and 2"),
+        (
+            {"temperature": 3},
+            400,
+            "INVALID_ARGUMENT",
+            "generationConfig.temperature is 3.0, it must be between 0 and 2",
+        ),
         ({"cached_content": "cachedContents/1"}, 400, "INVALID_ARGUMENT", "cachedContent is not known"),
     ],
 )
