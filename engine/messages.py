@@ -129,7 +129,9 @@ def template_messages(
     """The messages that a chat template reads, text from outside swapped.
 
     Calls are a message of their own, because templates write them in front of what the same message says. Results are
-    messages with the role "tool", or they are attached to the message of their calls, as "tool_responses".
+    messages with the role "tool", or they are attached to the message of their calls, as "tool_responses". What the
+    assistant says about attached results is in that message too: older templates close the turn behind each message,
+    and this is the one message that calls, hears and says. They do close it between a text and the calls behind it.
     """
     messages: list[dict[str, Any]] = []
     numbers = itertools.count()
@@ -139,6 +141,7 @@ def template_messages(
             messages += _results(turn, calling, swap, attach_results)
             continue
         said = {"role": turn.role, "content": turn.content(swap)}
+        answered = calling if turn.role == "assistant" and "tool_responses" in calling else None
         calling = {"role": turn.role, "content": ""}
         calling["tool_calls"] = [
             {
@@ -149,6 +152,8 @@ def template_messages(
             for call in turn.calls
         ]
         spoken = [said] if turn.parts or not turn.calls else []
+        if answered is not None and turn.parts and (turn.calls or not turn.thought):
+            answered["content"], spoken = said["content"], []
         spoken += [calling] if turn.calls else []
         if turn.thought:
             spoken[-1]["reasoning_content"] = swap(turn.thought)

@@ -123,6 +123,24 @@ def test_calls_and_results_stay_in_one_turn(engine, spell, attached, large):
     )
 
 
+def test_templates_that_close_the_turn_behind_each_message(engine, spell):
+    """The older age: calls, results and what is said about them are in one turn there too, which stays open while the
+    model is to go on. Only a text in front of calls has a turn of its own: nothing that such a template reads keeps it
+    in theirs, and none of it is lost or out of order."""
+    double = with_template(engine, tool_template(closes=True))
+    said, calls = OPEN.split("<|channel>thought\nhmm\n<channel|>")
+    opened = f"{said}<turn|>\n<|turn>model\n{calls}"
+    without_thought = [*CONVERSATION[:1], Turn("assistant", list(CONVERSATION[1].parts[1:])), CONVERSATION[2]]
+    prompt = prompt_of(double, without_thought)
+    assert prompt.text == opened
+    assert prompt.ids.tolist() == spell(opened)
+    over = [*without_thought, Turn("assistant", "Warm."), Turn("user", "thanks")]
+    assert prompt_of(double, over).text == f"{opened}Warm.<turn|>\n<|turn>user\nthanks<turn|>\n<|turn>model\n"
+    further = [*without_thought, Turn("assistant", ["Warm. And", CALL]), Turn("tool", ToolResult("weather", 3))]
+    answer = f"{SPELLED}<|tool_response>response:weather{{value:3}}<tool_response|>"
+    assert prompt_of(double, further).text == f"{opened}Warm. And<turn|>\n<|turn>model\n{answer}"
+
+
 def test_results_in_messages_name_their_calls(engine):
     """By id, as OpenAI's API has it: the results of calls of one function answer them in order."""
     first, second, other = ToolCall("f", {}), ToolCall("f", {"a": 1}), ToolCall("g", {})

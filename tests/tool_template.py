@@ -1,7 +1,8 @@
 """A tiny model that knows tools and thinking, and its chat template in the layout of Gemma 4's published one.
 
 The published template has two ages and two sizes. In the older age results of tools are only read where they are
-attached to the message of their calls. Larger models get an empty thought when thinking is off.
+attached to the message of their calls, and each message is a turn of its own, which is closed unless it ends in
+results. Larger models get an empty thought when thinking is off.
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ _SYSTEM = r"""
 """
 
 _TURNS = r"""
-{%- set state = namespace(role='', waits=false, answered=false, last_user=-1) -%}
+{%- set state = namespace(role='', answered=false, last_user=-1) -%}
 {%- for message in messages -%}
   {%- if message.role == 'user' -%}{%- set state.last_user = loop.index0 -%}{%- endif -%}
 {%- endfor -%}
@@ -105,8 +106,8 @@ _TURNS = r"""
     {%- set state.answered = true -%}
     {%- continue -%}
   {%- endif -%}
-  {%- if role != state.role or role != 'model' -%}
-    {{ '<turn|>\n' if state.role }}{{ '<|turn>' + role + '\n' }}
+  {%- if CLOSES or role != state.role or role != 'model' -%}
+    {{ '<turn|>\n' if state.role and not (CLOSES and state.answered) }}{{ '<|turn>' + role + '\n' }}
   {%- endif -%}
   {%- set state.role = role -%}
   {%- set state.answered = false -%}
@@ -118,7 +119,7 @@ _TURNS = r"""
   {%- endfor -%}
   {%- for one in message.tool_responses or [] if ATTACHED -%}
     {{ response(one.name, one.response) }}
-    {%- set state.answered = true -%}
+    {%- set state.answered = not message.content -%}
   {%- endfor -%}
   {{ said(message.content, role) }}
 {%- endfor -%}
@@ -134,9 +135,11 @@ _TURNS = r"""
 """
 
 
-def tool_template(*, large: bool = False, attached: bool = True, null: str = "null") -> str:
-    """The template: of a `large` model, reading results where they are `attached` or in messages, writing `null` so."""
-    flags = {"LARGE": str(large).lower(), "ATTACHED": str(attached).lower(), "NULL": f"'{null}'"}
+def tool_template(*, large: bool = False, attached: bool = True, closes: bool = False, null: str = "null") -> str:
+    """The template: of a `large` model, reading results where they are `attached` or in messages, which `closes` the
+    turn behind each message, writing `null` so."""
+    flags = {"LARGE": str(large).lower(), "ATTACHED": str(attached).lower(), "CLOSES": str(closes).lower()}
+    flags["NULL"] = f"'{null}'"
     text = "{{ bos_token }}" + _MACROS + _SYSTEM + _TURNS
     for name, value in flags.items():
         text = text.replace(name, value)
