@@ -102,8 +102,7 @@ def test_function_calling_by_hand(client, model):
     contents = [types.UserContent("Is it warm?"), response.candidates[0].content, types.UserContent([result])]
     assert ask(client, contents, **config).text == "It is warm."
     answered = "<|tool_response>response:weather{celsius:20}<tool_response|>"
-    assert model.prompts[1].endswith(f"<|turn>model
-Let me see.{CALL}{answered}")
+    assert model.prompts[1].endswith(f"<|turn>model\nLet me see.{CALL}{answered}")
 
 
 def test_function_calling_streamed(client, model):
@@ -142,7 +141,7 @@ def test_chat_with_automatic_function_calling(client, model):
     texts, history = client.chat("Is it warm?", "Thanks.", model="scripted", tools=[weather])
     assert texts == ["It is warm.", "You are welcome."]
     assert len(history) == 6
-    assert "response:weather{celsius:20}" in model.prompts[2].replace("{result:{celsius:20}}", "{celsius:20}")
+    assert "response:weather{result:{celsius:20}}" in model.prompts[2]
 
 
 def test_several_calls_of_one_function(client, model):
@@ -189,7 +188,8 @@ def test_malformed_call(client, model):
     [candidate] = response.candidates
     assert candidate.finish_reason is types.FinishReason.MALFORMED_FUNCTION_CALL
     assert candidate.content.parts[0].text == "weather in Paris"
-    assert "a call cannot be read" in candidate.finish_message or client.vertex is False
+    if client.vertex:  # elsewhere the client drops it
+        assert "a call cannot be read" in candidate.finish_message
 
 
 def test_undeclared_call(client, model):
@@ -235,9 +235,9 @@ def test_thinking_budget(client, model, budget, thinks):
 
 
 def test_thinking_budget_that_cannot_be_kept(client):
-    with pytest.raises(errors.ClientError, match="thinkingBudget is 100, but thoughts cannot be held to a number"):
+    with pytest.raises(errors.ClientError, match="thinking_budget is 100, but thoughts cannot be held to a number"):
         ask(client, "hi", thinking_config=types.ThinkingConfig(thinking_budget=100))
-    with pytest.raises(errors.ClientError, match="includeThoughts is true, but thinkingBudget 0"):
+    with pytest.raises(errors.ClientError, match="include_thoughts is true, but thinkingBudget 0"):
         ask(client, "hi", thinking_config=types.ThinkingConfig(thinking_budget=0, include_thoughts=True))
 
 
