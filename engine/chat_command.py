@@ -64,7 +64,9 @@ def _lines(interactive: bool) -> Iterator[str]:
         # A file name may be no valid text; a message that is not is refused like any other.
         sys.stdin.reconfigure(errors="surrogateescape")
     if not interactive:
-        yield from (line.rstrip("\r\n") for line in sys.stdin)
+        lines = (line.rstrip("\r\n") for line in sys.stdin)
+        yield next(lines, "").removeprefix("\ufeff")  # Windows puts this mark in front of UTF-8
+        yield from lines
         return
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (lines can be edited and called back)

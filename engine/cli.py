@@ -6,8 +6,6 @@ Exit codes: 0, 1 (an error, one line on stderr), 2 (usage), 3 (`verify` found th
 from __future__ import annotations
 
 import json
-import os
-import sys
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -19,7 +17,7 @@ from .attachments import Scene, attach, attach_all, parts_of
 from .bundle import Bundle
 from .chat_command import converse
 from .engine import DEFAULT_MAX_TOKENS, Engine
-from .errors import InputError, PromptError, SiglanceError
+from .errors import InputError, PromptError
 from .limits import read_limits
 from .option_files import read_format, read_ids, read_tools_file
 from .options import (
@@ -53,7 +51,9 @@ from .options import (
     ToolsOption,
     TopKOption,
     TopPOption,
+    VersionOption,
 )
+from .program import run_program
 from .reply import Reply
 from .reply_writer import ReplyWriter, remarks
 from .runtime import PREFILL_CHUNK
@@ -70,6 +70,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+
+@app.callback()
+def _program(version: VersionOption = False) -> None:
+    """What is there beside commands."""
 
 
 @app.command()
@@ -407,11 +412,4 @@ def count_tokens(
 
 def main() -> NoReturn:
     """Run the program `siglance`."""
-    try:
-        app()
-    except SiglanceError as error:
-        print(f"siglance: {' '.join(str(error).split())}", file=sys.stderr)
-    except BrokenPipeError:
-        # The reader of our output has gone; nothing can be told it, not even at interpreter shutdown.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    sys.exit(1)
+    run_program(app)

@@ -1,4 +1,4 @@
-"""What options of the command line name by a file."""
+"""What options of the command line name by a file: UTF-8, with or without the mark that Windows puts in front."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def read_format(schema: Path | None, regex: str | None, grammar: Path | None, de
 
 def _read_text(option: str, path: Path) -> str:
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig") as file:
             return file.read(MAX_GRAMMAR_BYTES + 1)  # one too many is refused
     except (OSError, ValueError) as error:
         raise InputError(f"{option} {path}: {error}") from None
@@ -40,7 +40,7 @@ def _read_text(option: str, path: Path) -> str:
 def read_ids(path: Path) -> list[int]:
     """The ids of the option --prompt-ids. Raises PromptError."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise PromptError(f"--prompt-ids {path}: {error}") from None
     if not isinstance(value, list):
@@ -53,7 +53,7 @@ def read_tools_file(path: Path | None) -> tuple[Tool, ...]:
     if path is None:
         return ()
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig") as file:
             text = file.read(_MAX_TOOLS_CHARACTERS + 1)
         if len(text) > _MAX_TOOLS_CHARACTERS:
             raise PromptError(f"more than {_MAX_TOOLS_CHARACTERS} characters")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import Enum
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated
 
@@ -39,6 +40,7 @@ __all__ = [
     "ToolsOption",
     "TopKOption",
     "TopPOption",
+    "VersionOption",
 ]
 
 
@@ -130,4 +132,15 @@ AllowHostOption = Annotated[
     typer.Option(
         "--allow-host", metavar="H", help="Let requests name files on this host, NAME or NAME:PORT; without it none."
     ),
+]
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"siglance {metadata.version('siglance')}")
+        raise typer.Exit
+
+
+VersionOption = Annotated[
+    bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version of siglance.")
 ]
