@@ -14,7 +14,7 @@ from starlette.routing import Route
 
 from .access import Access
 from .failures import Failure
-from .gate import Gate
+from .gate import Gate, respond
 from .metrics import CONTENT_TYPE
 from .openapi import document
 from .protocol import Protocol
@@ -46,21 +46,25 @@ def create_app(service: Service, settings: Settings, makers: Sequence[MakeProtoc
     async def metrics(http: HttpRequest) -> Response:
         return Response(service.metrics.text(), headers={"content-type": CONTENT_TYPE})
 
+    async def failed(http: HttpRequest, error: Exception) -> Response:
+        """Unknown paths and methods."""
+        assert isinstance(error, HTTPException)
+        allowed = (error.headers or {}).get("Allow")
+        if allowed is None:
+            failure = Failure(error.status_code, "there is nothing at this path", kind="not_found")
+        elif http.method == "OPTIONS":
+            return Response(status_code=204, headers={"allow": f"{allowed}, OPTIONS"})
+        else:
+            failure = Failure(405, f"{http.method} is not allowed here, only {allowed}", kind="method")
+        response = respond(protocols, http.url.path, failure)
+        if allowed is not None:
+            response.headers["allow"] = allowed
+        return response
+
     async def openapi(http: HttpRequest) -> Response:
         return JSONResponse(described)
 
     own = [Route("/health", health), Route("/metrics", metrics), Route("/openapi.json", openapi)]
     routes = [*own, *(route for protocol in protocols for route in protocol.routes)]
     gate = Middleware(Gate, protocols=protocols, settings=settings, metrics=service.metrics)  # pyright: ignore
-    return Starlette(routes=routes, middleware=[gate], exception_handlers={HTTPException: _raise_as_failure})
-
-
-async def _raise_as_failure(http: HttpRequest, error: Exception) -> Response:
-    """Unknown paths and methods end in the shape of the protocol, like all other failures."""
-    assert isinstance(error, HTTPException)
-    if error.status_code == 405 and error.headers is not None:
-        allowed = error.headers["Allow"]
-        if http.method == "OPTIONS":
-            return Response(status_code=204, headers={"allow": f"{allowed}, OPTIONS"})
-        raise Failure(405, f"{http.method} is not allowed here, only {allowed}", kind="method")
-    raise Failure(error.status_code, "there is nothing at this path", kind="not_found")
+    return Starlette(routes=routes, middleware=[gate], exception_handlers={HTTPException: failed})

@@ -19,9 +19,10 @@ from .metrics import Metrics
 from .protocol import Protocol
 from .settings import Settings
 
-__all__ = ["Gate", "write_failure"]
+__all__ = ["Gate", "is_loopback", "respond"]
 
 _OPEN = "/health"  # needs no key
+_MOST_FIELDS = 100  # of a query that may have a key
 _BODIES = 4  # of the largest size, held at a time
 _HEADERS = {"x-content-type-options": "nosniff", "cache-control": "no-store"}
 _LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]")
@@ -77,10 +78,10 @@ class Gate:
                 _log.error("a request failed: %s", trace_of(error, self._settings))
             if status:
                 raise _Broken from None  # the answer has begun: its end must be seen to be missing
-            await self.write(scope["path"], failure)(scope, receive, note)
+            await respond(self._protocols, scope["path"], failure)(scope, receive, note)
         finally:
             self._held -= held
-            protocol = self.protocol(scope["path"])
+            protocol = _owner(self._protocols, scope["path"])
             name = protocol.name if protocol else "server"
             self._metrics.requests.labels(name, str(status)).inc()
             # Without the query, which may have a key in it.
@@ -88,20 +89,6 @@ class Gate:
             took = 1e3 * (perf_counter() - begin)
             path = urllib.parse.quote(scope["path"][:200], safe="/:")
             _log.info("%s %s %s %d %.0f ms", client, scope["method"], path, status, took)
-
-    def protocol(self, path: str) -> Protocol | None:
-        """Whose path it is."""
-        return next((protocol for protocol in self._protocols if protocol.owns(path)), None)
-
-    def write(self, path: str, failure: Failure) -> Response:
-        """A failure in the shape of the protocol whose path it is."""
-        protocol = self.protocol(path)
-        response = protocol.write_failure(failure) if protocol else write_failure(failure)
-        if failure.retry_after is not None:
-            response.headers.setdefault("retry-after", str(failure.retry_after))
-        if failure.status == 401:
-            response.headers.setdefault("www-authenticate", "Bearer")
-        return response
 
     def _admit(self, scope: Scope) -> None:
         """Raise Failure unless the request may come in; remember whose it is."""
@@ -135,7 +122,22 @@ class _Broken(Exception):
     """An answer that had begun could not be finished; the log says why."""
 
 
-def write_failure(failure: Failure) -> Response:
+def respond(protocols: Sequence[Protocol], path: str, failure: Failure) -> Response:
+    """A failure in the shape of the protocol whose path it is."""
+    protocol = _owner(protocols, path)
+    response = protocol.write_failure(failure) if protocol else _write_failure(failure)
+    if failure.retry_after is not None:
+        response.headers.setdefault("retry-after", str(failure.retry_after))
+    if failure.status == 401:
+        response.headers.setdefault("www-authenticate", "Bearer")
+    return response
+
+
+def _owner(protocols: Sequence[Protocol], path: str) -> Protocol | None:
+    return next((protocol for protocol in protocols if protocol.owns(path)), None)
+
+
+def _write_failure(failure: Failure) -> Response:
     """A failure where no protocol has a shape for it."""
     return JSONResponse({"error": {"message": failure.message, "type": failure.kind}}, failure.status)
 
@@ -157,8 +159,10 @@ def _given_keys(headers: Headers, scope: Scope) -> list[str]:
     kind, _, token = headers.get("authorization", "").partition(" ")
     given = [token.strip()] if kind.lower() == "bearer" else []
     given += headers.getlist("x-goog-api-key")
-    query = urllib.parse.parse_qs(scope["query_string"].decode("latin-1"), max_num_fields=100)
-    return [key for key in (*given, *query.get("key", ())) if key]
+    query = scope["query_string"].decode("latin-1")
+    if query.count("&") <= _MOST_FIELDS:
+        given += urllib.parse.parse_qs(query).get("key", ())
+    return [key for key in given if key]
 
 
 def _without_port(host: str) -> str:

@@ -16,7 +16,6 @@ from typing import Any
 from starlette.requests import Request as HttpRequest
 
 from ..engine import Engine
-from ..errors import SiglanceError
 from ..reply import Chunk, Reply
 from .failures import Failure, failure_of, gone, trace_of
 from .line import Line
@@ -50,6 +49,7 @@ class _Desk:
     """The lines in front of one model, and the threads that its requests run in."""
 
     def __init__(self, name: str, settings: Settings):
+        self.name = name
         self.line = Line(PARALLEL, settings.queue)
         self.counts = Line(_COUNTS, settings.queue)
         self.threads = ThreadPoolExecutor(PARALLEL + _COUNTS, f"siglance-{name}")
@@ -154,10 +154,11 @@ class Service:
         """What `work` tells, in a thread, when it is this client's turn. `cancel` is set when nobody waits for more."""
         loop = asyncio.get_running_loop()
         results: asyncio.Queue[Any] = asyncio.Queue()
-        watch = _Watch(http)
+        watch, arrived = _Watch(http), perf_counter()
         self._cancels.add(cancel)
         try:
             place = await line.enter(client_of(http), watch.gone)
+            self.metrics.waited.labels(desk.name).observe(perf_counter() - arrived)
 
             def leave() -> None:
                 """Stop at once, whether or not somebody is there to take the news."""
@@ -187,10 +188,11 @@ class Service:
             watch.stop()
 
     def _failure(self, error: Exception) -> Failure:
-        """The failure that an error of the engine is; one that nobody expected is logged."""
-        if not isinstance(error, Failure | SiglanceError):
+        """The failure that an error of the engine is; one that is not the caller's is logged."""
+        failure = failure_of(error)
+        if failure.kind == "internal":
             _log.error("a request failed: %s", trace_of(error, self.settings))
-        return failure_of(error)
+        return failure
 
 
 class _Watch:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import uvicorn
+from starlette.applications import Starlette
 
 from siglance.engine import Engine
 from siglance.engine.server.app import MakeProtocol, create_app
@@ -41,6 +43,14 @@ class Running:
     host: str
     port: int
     service: Service
+    app: Starlette
+    loop: asyncio.AbstractEventLoop
+
+    def call(self, function: Callable[[], object]) -> None:
+        """Call a function in the thread of the server."""
+        done = threading.Event()
+        self.loop.call_soon_threadsafe(lambda: (function(), done.set()))
+        assert done.wait(30)
 
     @property
     def url(self) -> str:
@@ -93,32 +103,30 @@ def serving(
     settings = settings or Settings()
     models = engines if isinstance(engines, dict) else {engines.manifest.name: engines}
     ready, made = threading.Event(), []
+
+    class Server(uvicorn.Server):
+        """Tells when it takes requests."""
+
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            made.extend((service, app, self, asyncio.get_running_loop()))
+            ready.set()
+
+    service = Service([Model(name, engine, 1_700_000_000) for name, engine in models.items()], settings)
+    app = create_app(service, settings, makers)
+    config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=5)
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         port = listening.getsockname()[1]
 
-        def run() -> None:
-            service = Service([Model(name, engine, 1_700_000_000) for name, engine in models.items()], settings)
-            app = create_app(service, settings, makers)
-            config = uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off")
-            server = uvicorn.Server(config)
-            server.install_signal_handlers = lambda: None  # pyright: ignore[reportAttributeAccessIssue]
-            made.extend((service, server))
-            ready.set()
-            server.run(sockets=[listening])
-
-        thread = threading.Thread(target=run, name="server")
+        thread = threading.Thread(target=Server(config).run, args=([listening],), name="server")
         thread.start()
         try:
             assert ready.wait(30)
-            service, server = made
-            while not server.started:
-                assert thread.is_alive()
-                time.sleep(0.002)
-            yield Running("127.0.0.1", port, service)
+            yield Running("127.0.0.1", port, service, app, made[3])
         finally:
             if made:
-                made[1].should_exit = True
+                made[2].should_exit = True
             thread.join(30)
+            service.close()
             assert not thread.is_alive()
-            made[0].close()

@@ -128,7 +128,9 @@ def test_a_client_that_leaves_in_the_middle():
     assert (caught.value.status, caught.value.kind) == (499, "gone")
 
 
-@pytest.mark.parametrize("kind", ["", "text/plain", "application/x-www-form-urlencoded", "application/jsonl", "x" * 500])
+@pytest.mark.parametrize(
+    "kind", ["", "text/plain", "application/x-www-form-urlencoded", "application/jsonl", "x" * 500]
+)
 def test_other_types_are_refused(kind):
     failure = failure_of(b"{}", content_type=kind)
     assert failure.status == 415
