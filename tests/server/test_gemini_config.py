@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from siglance.engine import Sampling, Text
@@ -176,8 +176,8 @@ def test_thinking(manifest):
 
 def test_safety_settings(manifest):
     setting = {"category": "HARM_CATEGORY_HATE_SPEECH", "threshold": "BLOCK_NONE", "method": "SEVERITY"}
-    for settings in (setting, [setting], []):
-        assert asked(HI | {"safetySettings": settings}, manifest).unenforced == ""
+    for given_as in (setting, [setting], []):
+        assert asked(HI | {"safetySettings": given_as}, manifest).unenforced == ""
     strict = [setting | {"threshold": "BLOCK_ONLY_HIGH"}, {"category": "HARM_CATEGORY_HARASSMENT", "threshold": "OFF"}]
     for name in ("safetySettings", "safety_settings"):
         assert asked(HI | {name: strict}, manifest).unenforced == (
@@ -196,6 +196,83 @@ def test_count_takes_a_whole_request(manifest):
         asked({"generateContentRequest": HI | {"generationConfig": {"topP": 2}}}, manifest, read_count)
     with pytest.raises(Failure, match="contents is missing"):
         asked({}, manifest, read_count)
+
+
+# --- anything else
+
+RICH = {
+    "model": "models/demo",
+    "contents": [
+        {"role": "user", "parts": [{"text": "hi"}, {"inlineData": {"mimeType": "image/png", "data": "AAAA"}}]},
+        {"role": "model", "parts": [{"functionCall": {"id": "x", "name": "f", "args": {"a": 1}}}]},
+        {"role": "user", "parts": [{"functionResponse": {"id": "x", "name": "f", "response": {"b": 2}}}]},
+        {
+            "parts": [
+                {
+                    "fileData": {"mimeType": "video/mp4", "fileUri": "file:///a"},
+                    "videoMetadata": {"startOffset": "1s", "fps": 1},
+                    "mediaResolution": {"numTokens": 9},
+                }
+            ]
+        },
+    ],
+    "systemInstruction": {"parts": [{"text": "be brief"}]},
+    "tools": [{"functionDeclarations": [{"name": "f", "parameters": {"type": "OBJECT", "properties": {"a": {}}}}]}],
+    "toolConfig": {"functionCallingConfig": {"mode": "AUTO", "allowedFunctionNames": ["f"]}},
+    "safetySettings": [{"category": "HARM_CATEGORY_HARASSMENT", "threshold": "OFF"}],
+    "generationConfig": {
+        "temperature": 1,
+        "stopSequences": ["a"],
+        "responseMimeType": "application/json",
+        "responseSchema": {"type": "OBJECT", "properties": {"a": {"type": "STRING", "enum": ["x"]}}},
+        "thinkingConfig": {"includeThoughts": True},
+    },
+}
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=9),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=9), inner, max_size=2),
+    max_leaves=4,
+)
+
+
+def places(value, path=()):
+    """Paths of everything inside of a JSON value."""
+    yield path
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in items:
+        yield from places(inner, (*path, key))
+
+
+def changed(value, path, new):
+    if not path:
+        return new
+    copy = dict(value) if isinstance(value, dict) else list(value)
+    copy[path[0]] = changed(value[path[0]], path[1:], new)
+    return copy
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from([*places(RICH)][1:]), ANYTHING), min_size=1, max_size=2))
+def test_law_a_body_is_read_or_refused(manifest, changes):
+    """Whatever stands somewhere in it: no other error, and what is refused has a place."""
+    body = RICH
+    for path, new in sorted(changes, key=lambda change: -len(change[0])):  # no place is within one changed before
+        body = changed(body, path, new)
+    read = read_or_refused(body, manifest)
+    if isinstance(read, Failure):
+        assert read.status == 400
+        assert read.field
+        assert len(read.message) < 1000
+    else:
+        assert read.turns
+        assert all(parts for _, parts in read.turns)
+
+
+def read_or_refused(body, manifest):
+    try:
+        return asked(body, manifest)
+    except Failure as failure:
+        return failure
 
 
 # --- schemas
@@ -285,6 +362,7 @@ GOOGLE_SCHEMAS = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(GOOGLE_SCHEMAS)
 def test_law_names_of_properties_are_left_alone(value):
     """Whatever they are called; and both forms are JSON."""

@@ -204,6 +204,10 @@ SCHEMAS: dict[str, Schema] = {
     ),
 }  # fmt: skip
 
+_EVENT: Schema = {
+    **_answer("data", data={**_TEXT, "contentMediaType": "application/json"}),
+    "description": "One event: data is a piece of the reply.",
+}
 _EXAMPLE: Schema = {
     "contents": [{"role": "user", "parts": [{"text": "describe"}]}],
     "generationConfig": {"maxOutputTokens": 4},
@@ -231,7 +235,7 @@ def _verbs(models: str, name: str, names: Sequence[str]) -> dict[str, Any]:
         parameters += [_in_path("project"), _in_path("location")]
     path = f"{models}/{{model}}"
     stream = _posted(f"{name}Stream", "A reply in pieces.", _ref("Request"), {
-        "application/json": {"schema": _list(_ref("Reply"))}, "text/event-stream": {"schema": _TEXT},
+        "application/json": {"schema": _list(_ref("Reply"))}, "text/event-stream": {"schema": _EVENT},
     })  # fmt: skip
     stream["parameters"] = [_in_query("alt", {"enum": ["json", "sse"]}, "sse for events, otherwise one JSON array.")]
     # Before a stream has begun, its error is the one item of the array.
