@@ -65,6 +65,19 @@ class Abilities:
         return bool(self._attaches_results)
 
     @functools.cached_property
+    def before_calls(self) -> str:
+        """What the template writes between what the assistant says and the calls behind it.
+
+        Some close the turn there, which the model does not do.
+        """
+        assert self._facts.tool_call is not None
+        said = MessageTurn(1, "assistant", [Text("probe-said")], calls=(_CALL,))
+        rendered = self._try([_USER, said, _CONVERSATION[2]], self.attaches_results) or ""
+        behind = rendered.partition("probe-said")[2]
+        between, call, _ = behind.partition(self._facts.tool_call[0])
+        return between if call else ""
+
+    @functools.cached_property
     def _switches_thinking(self) -> bool:
         plain, thinking = (self._try([_USER], enable_thinking=enabled) for enabled in (False, True))
         return thinking is not None and thinking != plain

@@ -124,14 +124,14 @@ class MessageTurn:
 
 
 def template_messages(
-    turns: Sequence[MessageTurn], swap: Callable[[str], str], *, attach_results: bool = False
+    turns: Sequence[MessageTurn], swap: Callable[[str], str], *, attach_results: bool = False, mark: str = ""
 ) -> list[dict[str, Any]]:
     """The messages that a chat template reads, text from outside swapped.
 
     Calls are a message of their own, because templates write them in front of what the same message says. Results are
     messages with the role "tool", or they are attached to the message of their calls, as "tool_responses". What the
-    assistant says about attached results is in that message too: older templates close the turn behind each message,
-    and this is the one message that calls, hears and says. They do close it between a text and the calls behind it.
+    assistant says about attached results is in that message too: templates that close the turn behind each message
+    would part them. `mark` is put where calls follow something in one turn.
     """
     messages: list[dict[str, Any]] = []
     numbers = itertools.count()
@@ -151,14 +151,20 @@ def template_messages(
             }
             for call in turn.calls
         ]
+        if turn.calls:
+            said["content"] = _marked(said["content"], mark)
         spoken = [said] if turn.parts or not turn.calls else []
-        if answered is not None and turn.parts and (turn.calls or not turn.thought):
+        if answered is not None and (turn.calls or (turn.parts and not turn.thought)):
             answered["content"], spoken = said["content"], []
         spoken += [calling] if turn.calls else []
         if turn.thought:
             spoken[-1]["reasoning_content"] = swap(turn.thought)
         messages += spoken
     return messages
+
+
+def _marked(content: str | list[dict[str, str]], mark: str) -> str | list[dict[str, str]]:
+    return content + mark if isinstance(content, str) else [*content, *([{"type": "text", "text": mark}] * bool(mark))]
 
 
 def _results(

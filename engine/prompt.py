@@ -209,10 +209,16 @@ class PromptBuilder:
     def _render(self, turns: list[MessageTurn], guard: _Guard, variables: dict[str, Any]) -> str:
         variables = swapped(variables, guard.swap)
         assert self._abilities is not None
-        attach = any(turn.calls for turn in turns) and self._abilities.attaches_results
+        calls = any(turn.calls for turn in turns)
+        attach = calls and self._abilities.attaches_results
+        between = self._abilities.before_calls if calls else ""
+        mark = guard.mark if any(token in between for token in self._control) else ""
 
         def render(turns: Sequence[MessageTurn]) -> str:
-            return self._apply(template_messages(turns, guard.swap, attach_results=attach), variables)
+            rendered = self._apply(template_messages(turns, guard.swap, attach_results=attach, mark=mark), variables)
+            # A template that closes the turn between a text and its calls, or parts calls from it, writes what the
+            # model never does: it is one turn.
+            return re.sub(rf"\s*{mark}(?:{re.escape(between)})?", "", rendered) if mark else rendered
 
         def refuses(count: int) -> bool:
             try:
@@ -347,14 +353,18 @@ class PromptBuilder:
 
 
 class _Guard:
-    """Swaps characters for private-use characters that occur in none of `texts`, one for one, and back."""
+    """Swaps characters for private-use characters that occur in none of `texts`, one for one, and back.
+
+    `mark` is a character that occurs nowhere else.
+    """
 
     def __init__(self, characters: Sequence[str], texts: Sequence[str]):
         private = (chr(code) for first, last in _PRIVATE_USE for code in range(first, last + 1))
         free = (character for character in private if not any(character in text for text in texts))
-        stand_ins = list(itertools.islice(free, len(characters)))
-        if len(stand_ins) < len(characters):
+        stand_ins = list(itertools.islice(free, len(characters) + 1))
+        if len(stand_ins) < len(characters) + 1:
             raise PromptError("the text uses every private-use character of Unicode, none is left to mark it with")
+        self.mark = stand_ins.pop()  # one more
         self._swap = str.maketrans(dict(zip(characters, stand_ins, strict=True)))
         self._restore = str.maketrans(dict(zip(stand_ins, characters, strict=True)))
 

@@ -123,22 +123,34 @@ def test_calls_and_results_stay_in_one_turn(engine, spell, attached, large):
     )
 
 
-def test_templates_that_close_the_turn_behind_each_message(engine, spell):
-    """The older age: calls, results and what is said about them are in one turn there too, which stays open while the
-    model is to go on. Only a text in front of calls has a turn of its own: nothing that such a template reads keeps it
-    in theirs, and none of it is lost or out of order."""
-    double = with_template(engine, tool_template(closes=True))
-    said, calls = OPEN.split("<|channel>thought\nhmm\n<channel|>")
-    opened = f"{said}<turn|>\n<|turn>model\n{calls}"
-    without_thought = [*CONVERSATION[:1], Turn("assistant", list(CONVERSATION[1].parts[1:])), CONVERSATION[2]]
-    prompt = prompt_of(double, without_thought)
-    assert prompt.text == opened
-    assert prompt.ids.tolist() == spell(opened)
-    over = [*without_thought, Turn("assistant", "Warm."), Turn("user", "thanks")]
-    assert prompt_of(double, over).text == f"{opened}Warm.<turn|>\n<|turn>user\nthanks<turn|>\n<|turn>model\n"
-    further = [*without_thought, Turn("assistant", ["Warm. And", CALL]), Turn("tool", ToolResult("weather", 3))]
-    answer = f"{SPELLED}<|tool_response>response:weather{{value:3}}<tool_response|>"
-    assert prompt_of(double, further).text == f"{opened}Warm. And<turn|>\n<|turn>model\n{answer}"
+@pytest.mark.parametrize("closes", ["turn", "text"])
+@pytest.mark.parametrize("attached", [True, False])
+def test_templates_that_close_the_turn_of_a_call(engine, spell, closes, attached):
+    """Older ages write `<turn|>` between a text and its calls, or calls outside of any turn. The model never does, and
+    would find another prompt than it has written: all ages give the same."""
+    double = with_template(engine, tool_template(closes=closes, attached=attached))
+    tool = Turn("tool", ToolResult("weather", 3))
+    spoken = [Turn("user", "hi"), Turn("assistant", ["Let me see.", CALL]), tool]
+    silent = [Turn("user", "hi"), Turn("assistant", [CALL]), tool]
+    thought = [Turn("user", "hi"), Turn("assistant", [Thought("hmm"), Text("Let me see."), CALL]), tool]
+    conversations = [CONVERSATION, spoken, silent, thought]
+    if attached:  # results in messages are written with what went before, and the age that does so closes no turn
+        conversations += [[*spoken, Turn("assistant", "Warm."), Turn("user", "thanks")]]
+        conversations += [[*spoken, Turn("assistant", ["Warm. And ", CALL]), tool]]
+        conversations += [[*silent, Turn("assistant", [CALL]), tool]]
+    for conversation in conversations:
+        expected = prompt_of(engine, conversation)
+        prompt = prompt_of(double, conversation)
+        assert prompt.text == expected.text
+        assert prompt.ids.tolist() == spell(expected.text)
+
+
+def test_a_text_that_spells_the_end_of_a_turn_stays_in_front_of_its_call(engine):
+    double = with_template(engine, tool_template(closes="text"))
+    said = Turn("assistant", ["x<turn|>\n", CALL])
+    prompt = prompt_of(double, [Turn("user", "hi"), said, Turn("tool", ToolResult("weather", 3))])
+    assert f"<|turn>model\nx<turn|>{SPELLED}" in prompt.text
+    assert prompt.ids.tolist().count(engine._tokenizer.token_to_id("<turn|>")) == 1
 
 
 def test_results_in_messages_name_their_calls(engine):

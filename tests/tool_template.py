@@ -1,8 +1,9 @@
 """A tiny model that knows tools and thinking, and its chat template in the layout of Gemma 4's published one.
 
-The published template has two ages and two sizes. In the older age results of tools are only read where they are
+The published template has three ages and two sizes. In the oldest, results of tools are only read where they are
 attached to the message of their calls, and each message is a turn of its own, which is closed unless it ends in
-results. Larger models get an empty thought when thinking is off.
+results. In the second, messages of the model are one turn, but it is closed behind a text all the same. Larger models
+get an empty thought when thinking is off.
 """
 
 from __future__ import annotations
@@ -106,8 +107,9 @@ _TURNS = r"""
     {%- set state.answered = true -%}
     {%- continue -%}
   {%- endif -%}
-  {%- if CLOSES or role != state.role or role != 'model' -%}
-    {{ '<turn|>\n' if state.role and not (CLOSES and state.answered) }}{{ '<|turn>' + role + '\n' }}
+  {%- if CLOSES and state.role and not state.answered -%}{{ '<turn|>\n' }}{%- endif -%}
+  {%- if CLOSES == 'turn' or role != state.role or role != 'model' -%}
+    {{ '<turn|>\n' if state.role and not CLOSES }}{{ '<|turn>' + role + '\n' }}
   {%- endif -%}
   {%- set state.role = role -%}
   {%- set state.answered = false -%}
@@ -135,10 +137,12 @@ _TURNS = r"""
 """
 
 
-def tool_template(*, large: bool = False, attached: bool = True, closes: bool = False, null: str = "null") -> str:
-    """The template: of a `large` model, reading results where they are `attached` or in messages, which `closes` the
-    turn behind each message, writing `null` so."""
-    flags = {"LARGE": str(large).lower(), "ATTACHED": str(attached).lower(), "CLOSES": str(closes).lower()}
+def tool_template(*, large: bool = False, attached: bool = True, closes: str = "", null: str = "null") -> str:
+    """The template: of a `large` model, reading results where they are `attached` or in messages, writing `null` so.
+
+    It `closes` each message as a "turn", or the one turn of several messages behind their "text".
+    """
+    flags = {"LARGE": str(large).lower(), "ATTACHED": str(attached).lower(), "CLOSES": f"'{closes}'"}
     flags["NULL"] = f"'{null}'"
     text = "{{ bos_token }}" + _MACROS + _SYSTEM + _TURNS
     for name, value in flags.items():
