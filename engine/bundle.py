@@ -21,9 +21,12 @@ _GRAPHS = ("vision", "audio", "embed", "decoder")
 MANIFEST_BYTES = 1 << 20  # a manifest is a few kilobytes; anything near this is not one
 
 
-def cache_folder() -> Path:
-    """Where bundles live by name: $SIGLANCE_HOME, or ~/.cache/siglance."""
-    return Path(os.environ.get("SIGLANCE_HOME") or Path.home() / ".cache" / "siglance")
+def cache_folder() -> Path | None:
+    """Where bundles live by name: $SIGLANCE_HOME, or ~/.cache/siglance; None for a user who has no home."""
+    try:
+        return Path(os.environ.get("SIGLANCE_HOME") or Path.home() / ".cache" / "siglance")
+    except RuntimeError:  # no $HOME, and no such user: containers run so
+        return None
 
 
 def demo_folder() -> Path:
@@ -43,10 +46,11 @@ def find_bundle(name: str | os.PathLike[str]) -> Path:
     if isinstance(name, str) and name and path.name == name and name not in (".", ".."):
         if name == "demo":
             return demo_folder()
-        cached = cache_folder() / name
-        if os.path.isfile(cached / MANIFEST_NAME):
+        folder = cache_folder()
+        cached = None if folder is None else folder / name
+        if cached is not None and os.path.isfile(cached / MANIFEST_NAME):
             return cached
-        tried.append(str(cached))
+        tried.append(str(cached or "$SIGLANCE_HOME, which is not set"))
     raise BundleError(f"no bundle {str(name)!r}: no {MANIFEST_NAME} in {' or '.join(tried)}")
 
 
@@ -88,15 +92,23 @@ def _check_file(folder: Path, key: str, fact: FileFact, stamps: _Stamps) -> None
     if not fact.path or Path(fact.path).name != fact.path or "\\" in fact.path or fact.path in (".", ".."):
         raise BundleError(f"files.{key}: path {fact.path!r} must be a plain file name")
     path = folder / fact.path
-    if not os.path.isfile(path) or path.is_symlink():
+    if os.path.islink(path):
+        raise BundleError(
+            f"files.{key}: {path} is a symbolic link, and a bundle is a folder of regular files: copy it with its "
+            "files (cp -rL; hf download --local-dir)"
+        )
+    if not os.path.isfile(path):
         raise BundleError(f"files.{key}: {path} is missing or not a regular file")
     size = path.stat().st_size
     if size != fact.size:
         raise BundleError(f"files.{key}: {path} has {size} bytes, the manifest says {fact.size}")
     if stamps.known(path, fact.sha256):
         return
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise BundleError(f"files.{key}: {path} cannot be read: {error.strerror}") from None
     if found != fact.sha256:
         raise BundleError(f"files.{key}: {path} has SHA-256 {found}, the manifest says {fact.sha256}")
     stamps.remember(path, fact.sha256)
@@ -122,11 +134,12 @@ class _Stamps:
     """
 
     def __init__(self):
-        self._path = cache_folder() / "verified.json"
+        folder = cache_folder()
+        self._path = None if folder is None else folder / "verified.json"
         self._changed = False
         try:
-            known = json.loads(self._path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            known = {} if self._path is None else json.loads(self._path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
             known = {}
         self._known: dict[str, str] = known if isinstance(known, dict) else {}
 
@@ -141,7 +154,7 @@ class _Stamps:
 
     def save(self) -> None:
         """Store what is new; a folder that cannot be written only costs time later."""
-        if not self._changed:
+        if self._path is None or not self._changed:
             return
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)

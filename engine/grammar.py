@@ -99,9 +99,10 @@ class Grammar:
         if not isinstance(schema, Mapping):
             raise GrammarError(f"a JSON schema is an object or its text, not {type(schema).__name__}")
         try:
-            return cls("json_schema", json.dumps(schema, allow_nan=False))
+            text = json.dumps(schema, allow_nan=False)
         except (TypeError, ValueError, RecursionError) as error:
             raise GrammarError(f"the schema is no JSON: {error}") from None
+        return cls("json_schema", text)
 
     @classmethod
     def regex(cls, pattern: str) -> Grammar:
@@ -286,11 +287,13 @@ def _as_llguidance(grammar: Grammar) -> str:
     if grammar.kind == "lark":
         for schema in _inline_schemas(grammar.source):
             _check_multiples(schema)
+            _check_bounds(schema)
         return LLMatcher.grammar_from_lark(grammar.source)
     schema = _parse_json("JSON schema", grammar.source)
     if not isinstance(schema, dict):
         raise GrammarError(f"a JSON schema is an object, not {grammar.source.strip()[:40]!r}")
     _check_multiples(schema)
+    _check_bounds(schema)
     try:
         return LLMatcher.grammar_from_json_schema(grammar.source, defaults=_JSON_STYLE)
     except ValueError as error:
@@ -329,6 +332,18 @@ def _check_multiples(schema: Any) -> None:
                 f"the JSON schema cannot be used: with {value} the values of 'multipleOf' have a least common multiple "
                 f"above {_MAX_MULTIPLE} (without zeros at the end)"
             )
+
+
+def _check_bounds(schema: Any) -> None:
+    """Refuse bounds beyond 64 bits: llguidance moves them to where 64 bits end, and so allows what they forbid."""
+    beyond: dict[str, Callable[[float], bool]] = {
+        **dict.fromkeys(("minimum", "exclusiveMinimum"), lambda value: value >= 2**63),
+        **dict.fromkeys(("maximum", "exclusiveMaximum"), lambda value: value < -(2**63)),
+    }
+    for key, is_beyond in beyond.items():
+        for value in _values_of(key, schema):
+            if isinstance(value, int | float) and is_beyond(value):
+                raise GrammarError(f"the JSON schema cannot be used: {key!r} is {value}, which has more than 64 bits")
 
 
 def _values_of(key: str, value: Any) -> Iterator[Any]:

@@ -309,9 +309,9 @@ def _build_dataclass(kind: type, value: Any, where: str) -> Any:
 
 def _check(manifest: Manifest) -> None:
     """Values that types cannot express."""
-
     _require(manifest.target in ("cpu", "cuda"), "target", manifest.target, "'cpu' or 'cuda'")
     _require(manifest.context > 0, "context", manifest.context, "a positive number of tokens")
+    _require(all(id >= 0 for id in manifest.stop_ids), "stop_ids", manifest.stop_ids, "token ids, 0 or more")
     for name in manifest.files:
         _require(name in FILES, "files", name, f"one of {', '.join(FILES)}")
     for name in ("embed", "decoder", "tokenizer"):

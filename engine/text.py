@@ -27,6 +27,8 @@ __all__ = ["TextStream", "check_stop", "load_tokenizer", "special_ids", "token_b
 
 _REPLACEMENT = "\ufffd"
 _BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
+# Words with a space in front, punctuation that some decoders glue to them, characters that few vocabularies have.
+_PROBE = " a b . it 's é \U0001fae0"
 
 
 def load_tokenizer(path: Path, text_tokens: Collection[str] = (), control_tokens: Collection[str] = ()) -> Tokenizer:
@@ -50,9 +52,24 @@ def load_tokenizer(path: Path, text_tokens: Collection[str] = (), control_tokens
         tokenizer.add_tokens([AddedToken(name, normalized=False) for name in missing])
         missing = [name for name in control_tokens if name not in added and tokenizer.token_to_id(name) is not None]
         tokenizer.add_special_tokens([AddedToken(name, normalized=False) for name in missing])
-        return tokenizer
     except Exception as error:  # tokenizers raises plain Exception
         raise BundleError(f"{path.name} cannot be read: {error}") from None
+    _check_decoder(tokenizer, path.name)
+    return tokenizer
+
+
+def _check_decoder(tokenizer: Tokenizer, name: str) -> None:
+    """Raise BundleError unless a text is the texts of its tokens one after another, which streams rely on.
+
+    It is not where a decoder drops or adds spaces by what stands in front (Metaspace, Strip, WordPiece), nor where
+    tokens hold parts of characters without being byte tokens (ByteLevel).
+    """
+    ids = tokenizer.encode(_PROBE, add_special_tokens=False).ids
+    stream = TextStream(tokenizer, hidden_ids=())
+    streamed = "".join(map(stream.push, ids)) + stream.finish()
+    whole = tokenizer.decode(ids, skip_special_tokens=False)
+    if streamed != whole:
+        raise BundleError(f"{name}: its decoder reads {whole!r} as a whole and {streamed!r} token by token")
 
 
 def special_ids(tokenizer: Tokenizer) -> frozenset[int]:

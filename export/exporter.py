@@ -230,7 +230,7 @@ def _manifest(
     for source in (checkpoint.config, text, generation):
         stop = source.get("eos_token_id")
         listed = stop if isinstance(stop, list) else [] if stop is None else [stop]
-        if not all(type(identifier) is int for identifier in listed):
+        if not all(type(identifier) is int and identifier >= 0 for identifier in listed):
             raise ExportError(f"eos_token_id = {stop!r} must be a token id or a list of them")
         stop_ids.update(listed)
     return Manifest(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -61,6 +63,7 @@ def test_writing_and_reading_is_the_identity(original):
         (lambda values: values.update(context="many"), "context"),
         (lambda values: values.update(context=True), "context"),
         (lambda values: values.update(stop_ids=7), "stop_ids"),
+        (lambda values: values.update(stop_ids=[1, -1]), "stop_ids"),
         (lambda values: values["sampling"].update(temperature="hot"), "sampling.temperature"),
         (lambda values: values["image"].update(default_budget=71), "image.default_budget"),
         (lambda values: values.update(target="tpu"), "target"),
@@ -169,7 +172,16 @@ def test_paths_stay_inside_the_folder(copy, path):
 def test_a_link_is_not_followed(copy, tmp_path):
     (copy / "weights.bin").rename(tmp_path / "elsewhere")
     (copy / "weights.bin").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(BundleError, match="regular file"):
+    with pytest.raises(BundleError, match="symbolic link, and a bundle is a folder of regular files"):
+        Bundle.open(copy)
+
+
+def test_a_file_that_may_not_be_read_is_named(copy, monkeypatch):
+    def refuse(file, algorithm):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(bundle_module.hashlib, "file_digest", refuse)
+    with pytest.raises(BundleError, match=r"files\..*cannot be read: Permission denied"):
         Bundle.open(copy)
 
 
@@ -218,7 +230,21 @@ def test_large_files_are_hashed_once_until_they_change(copy, monkeypatch, tmp_pa
         Bundle.open(copy)
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{", '{"x": 1}'])
+def test_a_user_without_a_home_opens_bundles_by_path(copy, monkeypatch):
+    """As in a container whose user is only a number."""
+
+    def home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("SIGLANCE_HOME")
+    monkeypatch.setattr(Path, "home", home)
+    Bundle.open(copy)
+    Bundle.open("demo")
+    with pytest.raises(BundleError, match="SIGLANCE_HOME, which is not set"):
+        Bundle.open("some-name")
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", '{"x": 1}', "[" * 100_000])
 def test_a_damaged_stamp_file_only_costs_time(copy, monkeypatch, tmp_path, content):
     monkeypatch.setenv("SIGLANCE_HOME", str(tmp_path / "home"))
     (tmp_path / "home").mkdir()

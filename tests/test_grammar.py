@@ -581,6 +581,24 @@ def test_multiples(schema, usable):
             TOY_CONSTRAINTS.compile(Grammar.json_schema(schema))
 
 
+@pytest.mark.parametrize(
+    "bounds",
+    [
+        {"minimum": 10**30, "maximum": 10**30 + 5},
+        {"exclusiveMinimum": 2**63, "maximum": 2**70},
+        {"minimum": -(2**70), "maximum": -(2**63) - 1},
+        {"minimum": -(10**30), "exclusiveMaximum": -(10**29)},
+    ],
+)
+def test_a_bound_beyond_64_bits_is_refused_and_not_moved(demo, bounds):
+    """Moved, it would let 9223372036854775807 pass for a number of at least 10**30."""
+    for schema in ({"type": "integer", **bounds}, {"properties": {"n": {"type": "integer", **bounds}}}):
+        with pytest.raises(GrammarError, match="64 bits"):
+            demo._constraints.compile(Grammar.json_schema(schema))
+    with pytest.raises(GrammarError, match="64 bits"):
+        demo._constraints.compile(Grammar.lark("start: %json " + json.dumps({"type": "integer", **bounds})))
+
+
 def test_a_grammar_that_becomes_too_expensive_on_the_way_is_a_typed_error(engine, letters):
     double, _ = scripted(engine, letters("{"))
     with pytest.raises(GrammarError, match=r"cannot go on after [01] tokens: .*items; max is 2000"):

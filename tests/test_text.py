@@ -12,9 +12,10 @@ import re
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import decoders
 
-from siglance.engine.errors import PromptError
-from siglance.engine.text import TextStream, check_stop, special_ids, token_bytes
+from siglance.engine.errors import BundleError, PromptError
+from siglance.engine.text import TextStream, check_stop, load_tokenizer, special_ids, token_bytes
 
 from .toy_tokenizer import toy_tokenizer
 
@@ -23,6 +24,7 @@ EXAMPLES = 500
 TOKENIZER = toy_tokenizer()
 TOKENIZER.encode_special_tokens = True
 SPECIAL = special_ids(TOKENIZER)
+STRIP = decoders.Strip(" ", 1, 0)
 FAMILY = "👨‍👩‍👧‍👦"
 
 
@@ -321,3 +323,24 @@ def test_law_the_bytes_of_tokens_joined_are_the_text(text):
 def test_ids_without_text_have_no_bytes():
     assert token_bytes(TOKENIZER, TOKENIZER.get_vocab_size() + 5) == b""
     assert token_bytes(TOKENIZER, TOKENIZER.token_to_id("<0xFF>")) == b""
+
+
+@pytest.mark.parametrize(
+    "decoder",
+    [
+        pytest.param(decoders.Metaspace(), id="drops the space in front of the first token"),
+        pytest.param(decoders.WordPiece(), id="puts spaces between tokens"),
+        pytest.param(decoders.ByteLevel(), id="parts of characters"),
+        pytest.param(
+            decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), STRIP]),
+            id="strips",
+        ),
+    ],
+)
+def test_a_decoder_that_reads_tokens_by_what_is_in_front_of_them_is_refused(decoder, tmp_path):
+    """Streams would lose spaces, or characters, without a word."""
+    tokenizer = toy_tokenizer()
+    tokenizer.decoder = decoder
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(BundleError, match="token by token"):
+        load_tokenizer(tmp_path / "tokenizer.json")
