@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import re
 import signal
 import socket
@@ -12,6 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import FrameType
 
 import uvicorn
 
@@ -40,18 +42,8 @@ def serve(bundles: Sequence[str], settings: Settings, *, device: str, feature_ca
         models = _open(opened, bundles, settings, device, feature_cache)
         service = Service(models, settings)
         opened.callback(service.close)
-        app = create_app(service, settings)
-        _set_up_log()
-        where = _url(settings.host, listening.getsockname()[1])
-        print(f"siglance: serving {', '.join(model.name for model in models)} on {where}", file=sys.stderr, flush=True)
-        if not settings.api_keys and not is_loopback(settings.host):
-            print(
-                f"siglance: warning: whoever can reach {settings.host} may use this server; --api-key sets a key",
-                file=sys.stderr,
-                flush=True,
-            )
         config = uvicorn.Config(
-            app,
+            create_app(service, settings),
             log_config=None,
             access_log=False,
             server_header=False,
@@ -59,8 +51,14 @@ def serve(bundles: Sequence[str], settings: Settings, *, device: str, feature_ca
             proxy_headers=False,
             timeout_graceful_shutdown=_FINISH,
         )
-        with _quiet_end():
-            _Server(config, service).run(sockets=[listening])
+        server = _Server(config, service)
+        opened.enter_context(_signals(server))
+        _set_up_log()
+        where = _url(settings.host, listening.getsockname()[1])
+        _note(f"serving {', '.join(model.name for model in models)} on {where}")
+        if not settings.api_keys and not is_loopback(settings.host):
+            _note(f"warning: whoever can reach {settings.host} may use this server; --api-key sets a key")
+        server.run(sockets=[listening])
 
 
 class _Server(uvicorn.Server):
@@ -128,7 +126,8 @@ def _listen(host: str, port: int) -> socket.socket:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][0]
         return socket.create_server((host, port), family=family, backlog=512)
     except (OSError, UnicodeError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or error
+        known = isinstance(error, OSError) and not isinstance(error, socket.gaierror) and error.errno
+        reason = os.strerror(known) if known else getattr(error, "strerror", None) or error
         raise InputError(f"cannot listen on {_url(host, port)}: {reason}") from None
 
 
@@ -142,10 +141,21 @@ def _set_up_log() -> None:
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
 
 
+def _note(text: str) -> None:
+    print(f"siglance: {text}", file=sys.stderr, flush=True)
+
+
 @contextmanager
-def _quiet_end() -> Iterator[None]:
-    """uvicorn hands the signals that ended it on to whoever had them before; here that is nobody."""
-    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
+def _signals(server: uvicorn.Server) -> Iterator[None]:
+    """Let signals end the server and nothing else.
+
+    uvicorn listens to them while it runs, and hands those that ended it on to whoever had them before.
+    """
+
+    def end(number: int, frame: FrameType | None) -> None:
+        server.should_exit = True
+
+    before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
