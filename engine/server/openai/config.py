@@ -7,6 +7,7 @@ from typing import Any
 
 from ...decoding import MAX_CANDIDATES
 from ...engine import DEFAULT_MAX_TOKENS
+from ...errors import PromptError
 from ...grammar import Grammar
 from ...logprobs import MAX_LOGPROBS
 from ...sampling import Sampling
@@ -132,7 +133,10 @@ def _tool(item: Fields) -> Tool:
     description, parameters = function.text("description") or "", function.object("parameters")
     function.finish()
     item.finish()
-    return Tool(name, description, None if parameters is None else function.value("parameters"))
+    try:
+        return Tool(name, description, None if parameters is None else function.value("parameters"))
+    except PromptError as error:
+        raise Failure(400, f"{item.path('function')}: {error}", field=item.path("function")) from None
 
 
 def _format(body: Fields) -> Grammar | None:
@@ -176,6 +180,9 @@ def _max_tokens(body: Fields) -> int:
 def _sampling(body: Fields) -> Sampling:
     """OpenAI's fields, and three that servers of open models have besides; top_k -1 is 0, all tokens."""
     top_k, seed = body.integer("top_k", -1, 2**31 - 1), body.integer("seed", -(2**63), _SEEDS - 1)
+    repetition_penalty = body.number("repetition_penalty", 0, 100)
+    if repetition_penalty == 0:
+        raise body.failure("repetition_penalty", "is 0, it must be above 0")
     return Sampling(
         temperature=body.number("temperature", 0, 2),
         top_k=None if top_k is None else max(top_k, 0),
@@ -183,7 +190,7 @@ def _sampling(body: Fields) -> Sampling:
         min_p=body.number("min_p", 0, 1),
         presence_penalty=body.number("presence_penalty", -2, 2),
         frequency_penalty=body.number("frequency_penalty", -2, 2),
-        repetition_penalty=body.number("repetition_penalty", 0, 100),
+        repetition_penalty=repetition_penalty,
         logit_bias=_logit_bias(body),
         seed=None if seed is None else seed % _SEEDS,
     )
@@ -205,9 +212,12 @@ def _logit_bias(body: Fields) -> dict[int, float] | None:
 
 
 def _stop(body: Fields) -> tuple[str, ...]:
-    if isinstance(body.value("stop"), str):
-        return (body.text("stop") or "",)
-    return tuple(body.texts("stop", MAX_STOPS) or ())
+    """A text or several."""
+    value = body.value("stop")
+    stops = [value] if isinstance(value, str) else body.texts("stop", MAX_STOPS) or ()
+    if "" in stops:
+        raise body.failure("stop", "has an empty text, which is everywhere")
+    return tuple(stops)
 
 
 def _logprobs(body: Fields) -> int | None:
