@@ -40,6 +40,8 @@ WRONG_BODIES = {
     "model is 'models/other', another one than": HI | {"model": "models/other"},
     "tools[0].googleSearch is not known": HI | {"tools": [{"googleSearch": {}}]},
     "tools: two tools have the name 'f'": HI | {"tools": [{"functionDeclarations": [{"name": "f"}, {"name": "f"}]}]},
+    "tools[0].functionDeclarations exceed the limit of 512 functions": HI
+    | {"tools": [{"functionDeclarations": [{"name": "f"}] * 513}]},
     "tools.functionDeclarations.name is missing": HI | {"tools": {"functionDeclarations": {}}},
     "parametersJsonSchema and parameters exclude each other": HI
     | {"tools": {"functionDeclarations": {"name": "f", "parameters": {}, "parametersJsonSchema": {}}}},

@@ -6,11 +6,14 @@ import base64
 import dataclasses
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from siglance.engine import Audio, Image, Pdf, Text, Thought, ToolCall, ToolResult, Video
 from siglance.engine.manifest import VideoFacts
 from siglance.engine.server.failures import Failure
-from siglance.engine.server.gemini.contents import budget
+from siglance.engine.server.gemini.contents import _Calls
+from siglance.engine.server.gemini.media import budget
 
 from .gemini_bodies import HI, refusal, request_of
 
@@ -22,9 +25,9 @@ def manifest(demo):
     return demo.manifest
 
 
-def parts(manifest, *listed, role="user", **settings):
+def parts(manifest, *listed, role="user", **options):
     """The parts of the only turn of a request with these parts."""
-    [turn] = request_of({"contents": [{"role": role, "parts": list(listed)}]}, manifest, **settings).conversation
+    [turn] = request_of({"contents": [{"role": role, "parts": list(listed)}]}, manifest, **options).conversation
     return turn.parts
 
 
@@ -227,3 +230,20 @@ def test_results_that_answer_nothing(manifest):
     twice = {"functionResponse": {"name": "f", "response": {}}}
     failure = refusal({"contents": [HI["contents"][0], call, {"role": "user", "parts": [twice, twice]}]}, manifest)
     assert failure.field == "contents[2].parts[1].functionResponse"
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.tuples(st.sampled_from([None, "x", "y"]), st.sampled_from("fg")), max_size=6),
+    st.lists(st.tuples(st.sampled_from([None, "x", "y"]), st.sampled_from("fg")), max_size=8),
+)
+def test_law_a_result_answers_the_first_call_that_fits(calls, results):
+    """Of those that still wait: of its name, and of its id if it has one."""
+    waiting, known = dict(enumerate(calls)), _Calls()
+    for id, name in calls:
+        known.add(id, name)
+    for id, name in results:
+        fits = [place for place, call in waiting.items() if call[1] == name and id in (None, call[0])]
+        expected = min(fits, default=None)
+        assert known.take(id, name) == expected
+        waiting.pop(expected, None)

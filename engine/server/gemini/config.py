@@ -19,13 +19,15 @@ from ..access import Access
 from ..bodies import Fields
 from ..failures import Failure
 from ..request import Request
-from .contents import LEVELS, Said, checked, fetched, read_contents, read_system, repeated
+from .contents import Said, checked, fetched, read_contents, read_system, repeated
+from .media import LEVELS
 from .schemas import json_schema, plain_schema
 
 __all__ = ["Asked", "read_count", "read_request"]
 
 MAX_CANDIDATES = 8
 MAX_STOPS = 5
+MAX_FUNCTIONS = 512
 MAX_TEMPERATURE = 2.0
 MAX_PENALTY = 2.0
 _MAX_TOKENS = 2**31 - 1
@@ -202,7 +204,10 @@ def _tools(body: Fields) -> tuple[Tool, ...]:
     """All functions that are declared."""
     declared: list[Tool] = []
     for tool in repeated(body, "tools") or ():
-        declared += [_function(function) for function in repeated(tool, "functionDeclarations") or ()]
+        functions = repeated(tool, "functionDeclarations") or ()
+        if len(declared) + len(functions) > MAX_FUNCTIONS:
+            raise tool.failure("functionDeclarations", f"exceed the limit of {MAX_FUNCTIONS} functions")
+        declared += [_function(function) for function in functions]
         tool.finish()
     return checked(body.path("tools"), lambda: read_tools(declared))
 
@@ -251,7 +256,8 @@ def _allowed(body: Fields, tools: tuple[Tool, ...]) -> tuple[Tool, ...]:
         raise calling.failure("allowedFunctionNames", f"has {unknown[:40]!r}, which is not declared")
     if mode == "NONE":
         return ()
-    return tools if not names else tuple(tool for tool in tools if tool.name in names)
+    chosen = set(names or known)
+    return tuple(tool for tool in tools if tool.name in chosen)
 
 
 # --- safety

@@ -8,7 +8,7 @@ from typing import Any
 from ...logprobs import MAX_LOGPROBS
 from ..service import DEFAULT_MODEL
 from .config import MAX_CANDIDATES, MAX_PENALTY, MAX_STOPS, MAX_TEMPERATURE, MIME_TYPES, THRESHOLDS
-from .contents import LEVELS, MAX_FPS, PART_LEVELS
+from .media import LEVELS, MAX_FPS, PART_LEVELS
 
 __all__ = ["SCHEMAS", "paths"]
 

@@ -9,6 +9,7 @@ Google's clients, which say so in headers of their own; errors there that no end
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import re
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Sequence
@@ -156,7 +157,8 @@ class _Endpoints:
         name = http.path_params["model"]
         model = self._service.model(name)
         body = await read_object(http, self._settings)
-        return model, read(Fields(body, both_cases=True), model.engine.manifest, {name, model.name})
+        fields, names = Fields(body, both_cases=True), {name, model.name}
+        return model, await asyncio.to_thread(read, fields, model.engine.manifest, names)  # a body may be long
 
     # --- models
 
