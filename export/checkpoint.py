@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["Checkpoint", "FolderCheckpoint", "Weights", "copy_tokenizer", "write_template"]
 
 SLICE_BYTES = 32 << 20  # rows of a large table are read in slices of about this size
+_SINGLE_FILE = "model.safetensors"
 _DTYPES = {"F32": 4, "F16": 2, "BF16": 2, "F64": 8}
 
 
@@ -166,16 +167,17 @@ class FolderCheckpoint:
 
     def _read_headers(self) -> dict[str, Path]:
         """Tensor name -> file, from the headers of all safetensors files (sharded or not)."""
-        index = self.json("model.safetensors.index.json").get("weight_map")
+        # A single file goes before an index, and an index before whatever else is there, as in transformers.
+        single = (self.folder / _SINGLE_FILE).is_file()
+        index = None if single else self.json("model.safetensors.index.json").get("weight_map")
         if index is not None and not (
             isinstance(index, dict) and all(isinstance(name, str) for name in index.values())
         ):
             raise ExportError(
                 f"{self.folder / 'model.safetensors.index.json'}: weight_map must map names to file names"
             )
-        names = (
-            sorted(set(index.values())) if index else sorted(path.name for path in self.folder.glob("*.safetensors"))
-        )
+        names = sorted(set(index.values())) if index else [path.name for path in self.folder.glob("*.safetensors")]
+        names = [_SINGLE_FILE] if single else sorted(names)
         if not names:
             raise ExportError(f"{self.folder} has no *.safetensors file")
         files: dict[str, Path] = {}
@@ -188,6 +190,8 @@ class FolderCheckpoint:
                     dtype = file.get_slice(key).get_dtype()
                     if dtype not in _DTYPES:
                         raise ExportError(f"tensor {key!r} has dtype {dtype}; supported: {', '.join(_DTYPES)}")
+                    if key in files:
+                        raise ExportError(f"tensor {key!r} is in {files[key].name} and in {name}")
                     files[key] = path
         return files
 
@@ -273,6 +277,24 @@ class Weights:
     def drop(self, name: str) -> None:
         """Mark a tensor that checkpoints carry but the model does not use; absent is fine."""
         self._used.update(candidate for candidate in self._candidates(name) if candidate in self._names)
+
+    def drop_copy(self, name: str, original: str) -> None:
+        """Mark a tensor that checkpoints carry although the model uses `original` in its place; absent is fine.
+
+        Raises ExportError if it is another matrix: what was trained is not what the configuration says then.
+        """
+        for copy in (candidate for candidate in self._candidates(name) if candidate in self._names):
+            self._used.add(copy)
+            source = self._resolve(original)
+            same = self._checkpoint.shape(copy) == self._checkpoint.shape(source)
+            if not same or not all(
+                np.array_equal(*rows)
+                for rows in zip(self._checkpoint.read_rows(copy), self._checkpoint.read_rows(source), strict=True)
+            ):
+                raise ExportError(
+                    f"config.json ties {copy!r} to {source!r}, but the checkpoint has both and they differ: set "
+                    "tie_word_embeddings to false to use both"
+                )
 
     def drop_matching(self, pattern: re.Pattern[str]) -> int:
         """Mark all tensors whose checkpoint name starts with `pattern` as left out on purpose; returns their number."""

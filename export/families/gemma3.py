@@ -273,7 +273,7 @@ def _head(graph: GraphBuilder, weights: Weights, config: Config) -> blocks.Table
 
 def finish(checkpoint: Checkpoint, weights: Weights, config: Config, options: ExportOptions) -> Facts:
     if config.tied:
-        weights.drop("lm_head.weight")  # some checkpoints carry the tied head a second time
+        weights.drop_copy("lm_head.weight", "text.embed_tokens.weight")
     vision = config.vision
     facts = Facts(
         requires=("state:global", "state:window", "logit_rows:any"),

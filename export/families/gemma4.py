@@ -50,7 +50,7 @@ def decoder_facts(
 ) -> Facts:
     """What all of Gemma 4 has in common; marks what published files carry and no graph reads."""
     if text.tied:
-        weights.drop("lm_head.weight")
+        weights.drop_copy("lm_head.weight", "text.embed_tokens.weight")
     for layer in range(text.owners, len(text.layers)):
         for part in ("k_proj", "v_proj", "k_norm"):
             weights.drop(f"{layer_name(layer)}.self_attn.{part}.weight")

@@ -256,7 +256,7 @@ def finish(checkpoint: Checkpoint, weights: Weights, config: Config, options: Ex
     text, vision = config.text, config.vision
     values = [2 * text.key_value_heads * text.head_size] * text.layers
     if text.tied:
-        weights.drop("lm_head.weight")
+        weights.drop_copy("lm_head.weight", "text.embed_tokens.weight")
     return Facts(
         requires=("state:global", "logit_rows:any", "attention:prefix", "image:squash", "prompt:media_first"),
         state=blocks.state_pairs([False] * text.layers),
