@@ -10,7 +10,13 @@ from ..service import DEFAULT_MODEL
 from .config import MAX_CANDIDATES, MAX_PENALTY, MAX_STOPS, MAX_TEMPERATURE, MIME_TYPES, THRESHOLDS
 from .media import LEVELS, MAX_FPS, PART_LEVELS
 
-__all__ = ["SCHEMAS", "paths"]
+__all__ = ["GEMINI", "PROJECTS", "PUBLISHED", "SCHEMAS", "paths"]
+
+GEMINI = ("/v1beta/models", "/v1/models")
+PUBLISHED = ("/v1beta1/publishers/google/models", "/v1/publishers/google/models")
+PROJECTS = tuple(
+    published.replace("/publishers", "/projects/{project}/locations/{location}/publishers") for published in PUBLISHED
+)
 
 Schema = dict[str, Any]
 
@@ -217,15 +223,15 @@ _ERRORS = ("400", "401", "403", "404", "413", "415", "429", "500", "503")
 
 def paths(names: Sequence[str]) -> dict[str, Any]:
     """The path items, for models of these names."""
-    found: dict[str, Any] = {}
-    for place, beta in (("/v1beta", "Beta"), ("/v1", "")):
-        found |= _verbs(f"{place}/models", f"gemini{beta}", names)
-    found |= _listing("/v1beta/models", "geminiBeta", "Models", names)
-    for place, beta in (("/v1beta1", "Beta"), ("/v1", "")):
-        published = f"{place}/publishers/google/models"
-        project = f"{place}/projects/{{project}}/locations/{{location}}/publishers/google/models"
-        found |= _verbs(published, f"vertex{beta}", names) | _verbs(project, f"vertex{beta}Project", names)
-        found |= _listing(published, f"vertex{beta}", "PublisherModels", names)
+    found = _listing(GEMINI[0], "geminiBeta", "Models", names)
+    for place, name in (
+        *zip(GEMINI, ("geminiBeta", "gemini"), strict=True),
+        *zip(PUBLISHED, ("vertexBeta", "vertex"), strict=True),
+        *zip(PROJECTS, ("vertexBetaProject", "vertexProject"), strict=True),
+    ):
+        found |= _verbs(place, name, names)
+        if place in PUBLISHED:
+            found |= _listing(place, name, "PublisherModels", names)
     return found
 
 

@@ -30,7 +30,7 @@ from ..protocol import Protocol
 from ..service import Model, Service
 from ..settings import Settings
 from .config import Asked, read_count, read_request
-from .document import SCHEMAS, paths
+from .document import GEMINI, PROJECTS, PUBLISHED, SCHEMAS, paths
 from .replies import Writer, count_json, error_json, model_json, publisher_model_json
 from .streams import array, events, stream
 
@@ -92,20 +92,10 @@ class _Endpoints:
         """All paths; the more special ones come first."""
         list_models, get_model = _answered(self.list_models), _answered(self.get_model)
         list_published, get_published = _answered(self.list_published), _answered(self.get_published)
-        routes: list[Route] = []
-        for version in ("/v1beta", "/v1", "/v1beta1"):
-            published = f"{version}/publishers/google/models"
-            for models in (
-                *([f"{version}/models"] if version != "/v1beta1" else []),
-                *([published] if version != "/v1beta" else []),
-                *([f"{version}/projects/{{project}}/locations/{{location}}/publishers/google/models"]
-                  if version != "/v1beta" else []),
-            ):  # fmt: skip
-                routes += self._verbs(models)
-            if version != "/v1beta":
-                routes += [Route(published, list_published), Route(f"{published}/{{model}}", get_published)]
         return [
-            *routes,
+            *(route for models in (*GEMINI, *PUBLISHED, *PROJECTS) for route in self._verbs(models)),
+            *(Route(models, list_published) for models in PUBLISHED),
+            *(Route(f"{models}/{{model}}", get_published) for models in PUBLISHED),
             Route("/v1beta/models", list_models),
             Route("/v1beta/models/{model}", get_model),
             _GoogleRoute("/v1/models", list_models),
