@@ -15,7 +15,7 @@ from rich.console import Console
 from . import output
 from .chat import Chat
 from .engine import Engine
-from .errors import InputError, SiglanceError
+from .errors import ContextFull, InputError, SiglanceError
 from .parts import Audio, Image, Pdf, Video, turns_of
 from .prompt import Text
 from .reply import Chunk, Reply
@@ -185,6 +185,8 @@ class _Loop:
         part = self._attach(source)
         # Read once to say at once what is wrong with it.
         counts = self._engine.count_tokens([part], image_tokens=self._chat.image_tokens)
+        if counts["total"] > self._engine.manifest.context:
+            raise ContextFull(counts["total"], self._engine.manifest.context)
         self._attached.append((part, source))
         self.note(f"{source}: {counts['total'] - counts['text']} tokens, goes with the next message")
 

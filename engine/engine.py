@@ -293,10 +293,11 @@ class Engine:
         raw: bool = False,
         pan_and_scan: bool = False,
     ) -> dict[str, int]:
-        """Prompt tokens by modality and in "total", without running a graph."""
+        """Prompt tokens by modality and in "total", without running a graph; also of a prompt that is too long."""
         files = self._reuse.files
         turns = self._reader.read(conversation, StageClock(), system, image_tokens, pan_and_scan, files)
-        media, prompt = self._reader.prompt(turns, Layout(raw=raw, tools=tools, thinking=thinking))
+        layout = Layout(raw=raw, tools=tools, thinking=thinking)
+        media, prompt = self._reader.prompt(turns, layout, to_count=True)
         return {"total": len(prompt.ids), **count_by_modality(prompt, media)}
 
     def prompt_logits(

@@ -88,8 +88,10 @@ class Reader:
             turns.append((role, read))
         return turns
 
-    def prompt(self, turns: Sequence[ReadTurn], layout: Layout) -> tuple[list[Prepared], Prompt]:
-        """All media in their order, and the prompt. Raises PromptError and ContextFull."""
+    def prompt(
+        self, turns: Sequence[ReadTurn], layout: Layout, *, to_count: bool = False
+    ) -> tuple[list[Prepared], Prompt]:
+        """All media in their order, and the prompt. Raises PromptError, and ContextFull if it is not only to count."""
         tools = read_tools(layout.tools)
         raw = layout.raw or self._raw_only
         if (tools or layout.thinking) and (raw or layout.prompt_ids is not None):
@@ -106,7 +108,7 @@ class Reader:
             prompt = self._prompts.raw(sole_turn(messages))
         else:
             prompt = self._prompts.chat(messages, tools=tools, thinking=layout.thinking)
-        if len(prompt.ids) > self._manifest.context:
+        if not to_count and len(prompt.ids) > self._manifest.context:
             raise ContextFull(len(prompt.ids), self._manifest.context)
         return media, prompt
 

@@ -89,6 +89,14 @@ def test_pictures_go_with_the_next_message(talk, seeing, photo):
     ]
 
 
+def test_a_picture_that_can_never_fit_is_refused_at_once(talk, photo):
+    """It would stay attached, and no later message could be answered."""
+    code, out, notes = talk(f"/image {photo}@1120", "hello")
+    assert code == 0
+    assert out.strip()
+    assert any("the context of this bundle holds" in note for note in notes)
+
+
 def test_the_path_of_a_file_is_a_picture(talk, seeing, photo):
     """As for the engine, if there is such a file; what merely mentions one is a message."""
     code, out, _ = talk(str(photo), "what?", "what is in photo.png", "no-such-file.png")

@@ -298,6 +298,11 @@ def test_a_prompt_over_the_context_is_refused_with_both_numbers(short, prompt, f
     assert (error.value.prompt_tokens, error.value.context) == (prompt, 64)
 
 
+def test_a_prompt_over_the_context_can_be_counted(short):
+    """Who has to shorten it wants to know by how much."""
+    assert short.count_tokens("!" * 499, raw=True)["total"] == 500
+
+
 def test_context_full_crosses_process_boundaries():
     error = pickle.loads(pickle.dumps(ContextFull(65, 64)))
     assert (str(error), error.prompt_tokens, error.context) == (str(ContextFull(65, 64)), 65, 64)
