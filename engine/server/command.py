@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import re
 import signal
 import socket
@@ -22,6 +21,7 @@ from ..errors import InputError
 from ..limits import read_limits
 from .app import create_app
 from .gate import is_loopback
+from .listening import listen, url_of
 from .service import Model, Service
 from .settings import Settings
 
@@ -38,7 +38,7 @@ def serve(bundles: Sequence[str], settings: Settings, *, device: str, feature_ca
     start.
     """
     with ExitStack() as opened:
-        listening = opened.enter_context(_listen(settings.host, settings.port))
+        listening = opened.enter_context(listen(settings.host, settings.port))
         models = _open(opened, bundles, settings, device, feature_cache)
         service = Service(models, settings)
         opened.callback(service.close)
@@ -54,7 +54,7 @@ def serve(bundles: Sequence[str], settings: Settings, *, device: str, feature_ca
         server = _Server(config, service)
         opened.enter_context(_signals(server))
         _set_up_log()
-        where = _url(settings.host, listening.getsockname()[1])
+        where = url_of(settings.host, listening.getsockname()[1])
         _note(f"serving {', '.join(model.name for model in models)} on {where}")
         if not settings.api_keys and not is_loopback(settings.host):
             _note(f"warning: whoever can reach {settings.host} may use this server; --api-key sets a key")
@@ -118,21 +118,6 @@ def _open(
             raise InputError(f"two bundles are called {name!r}")
         models[name] = Model(name, engine, int(time.time()))
     return list(models.values())
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    """A socket that listens. Raises InputError."""
-    try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][0]
-        return socket.create_server((host, port), family=family, backlog=512)
-    except (OSError, UnicodeError, OverflowError) as error:
-        known = isinstance(error, OSError) and not isinstance(error, socket.gaierror) and error.errno
-        reason = os.strerror(known) if known else getattr(error, "strerror", None) or error
-        raise InputError(f"cannot listen on {_url(host, port)}: {reason}") from None
-
-
-def _url(host: str, port: int) -> str:
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def _set_up_log() -> None:

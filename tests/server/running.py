@@ -18,6 +18,7 @@ from starlette.applications import Starlette
 
 from siglance.engine import Engine
 from siglance.engine.server.app import MakeProtocol, create_app
+from siglance.engine.server.listening import listen
 from siglance.engine.server.service import Model, Service
 from siglance.engine.server.settings import Settings
 
@@ -115,10 +116,8 @@ def serving(
     service = Service([Model(name, engine, 1_700_000_000) for name, engine in models.items()], settings)
     app = create_app(service, settings, makers)
     config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=5)
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
+    with listen("127.0.0.1", 0) as listening:
         port = listening.getsockname()[1]
-
         thread = threading.Thread(target=Server(config).run, args=([listening],), name="server")
         thread.start()
         try:
