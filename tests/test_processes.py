@@ -82,6 +82,20 @@ with Engine.open("demo", threads=1) as engine:
         assert not list(tmp_path.rglob("*"))
 
 
+def test_without_onnxruntime_the_error_names_the_extras(tmp_path: Path):
+    script = """
+import sys
+sys.modules["onnxruntime"] = None
+try:
+    import siglance.engine
+except ModuleNotFoundError as error:
+    print(error)
+"""
+    assert _run(script, tmp_path) == (
+        "siglance needs onnxruntime: pip install 'siglance[cpu]', or 'siglance[gpu]' for an NVIDIA card\n"
+    )
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 def test_a_forked_process_opens_its_own_engine_and_ends_in_peace(tmp_path: Path):
     """Its threads are not there; freeing an engine of the parent would wait for them, or crash."""
