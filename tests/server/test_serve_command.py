@@ -23,6 +23,7 @@ from siglance.engine.bundle import demo_folder
 from siglance.engine.cli import app
 from siglance.engine.errors import InputError, SiglanceError
 from siglance.engine.server import command
+from siglance.engine.server.listening import listen, url_of
 
 __all__ = ["Process", "started"]
 
@@ -213,7 +214,7 @@ def test_without_the_extra():
 
 def test_a_server_for_others_without_a_key_is_warned_about(monkeypatch, capsys):
     """The server itself is left out: no test listens to other machines."""
-    monkeypatch.setattr(command, "_listen", lambda host, port: socket.create_server(("127.0.0.1", 0)))
+    monkeypatch.setattr(command, "listen", lambda host, port: socket.create_server(("127.0.0.1", 0)))
     monkeypatch.setattr(command._Server, "run", lambda self, sockets: None)
     monkeypatch.setattr(command, "_set_up_log", lambda: None)
     for host, keys, warned in (
@@ -231,7 +232,14 @@ def test_ipv6():
     if not socket.has_ipv6:
         pytest.skip("this machine has no IPv6")
     try:
-        with command._listen("::1", 0) as listening:
-            assert command._url("::1", listening.getsockname()[1]).startswith("http://[::1]:")
+        with listen("::1", 0) as listening:
+            assert url_of("::1", listening.getsockname()[1]).startswith("http://[::1]:")
     except InputError as error:
         pytest.skip(f"this machine has no IPv6 address of its own: {error}")
+
+
+def test_small_pieces_do_not_wait():
+    with listen("127.0.0.1", 0) as listening, socket.create_connection(listening.getsockname()):
+        connection, _ = listening.accept()
+        with connection:
+            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
