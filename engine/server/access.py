@@ -10,7 +10,7 @@ import base64
 import binascii
 import re
 import urllib.parse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from .failures import Failure
 from .files import FileReader
@@ -42,14 +42,7 @@ class Access:
         if len(text) * 3 // 4 > self._most + 2:
             raise Failure(400, f"{place} is over the limit of {self._most} bytes", field=place)
         try:
-            raw = text.encode("ascii").translate(_URL_SAFE).rstrip(b"=")
-            padding = len(text) - len(raw)
-            if padding > 2 or (padding and len(text) % 4):
-                raise binascii.Error("padding")
-            raw += b"=" * (-len(raw) % 4)
-            # In pieces, because other threads wait meanwhile.
-            pieces = (raw[start : start + _PIECE] for start in range(0, len(raw), _PIECE))
-            data = b"".join(base64.b64decode(piece, validate=True) for piece in pieces)
+            data = b"".join(_decoded(text))
         except ValueError:  # of which UnicodeEncodeError and binascii.Error are kinds
             raise Failure(400, f"{place} is not base64", field=place) from None
         if not data:
@@ -83,3 +76,14 @@ class Access:
                 400, f"{place}: URIs of the kind {parts.scheme[:20]!r} are not read, only {known}", field=place
             )
         return await asyncio.to_thread(reader, parts, place)
+
+
+def _decoded(text: str) -> Iterator[bytes]:
+    """The bytes of base64 text in pieces, because all other threads wait meanwhile."""
+    end = len(text.rstrip("="))
+    padding = len(text) - end
+    if padding > 2 or (padding and len(text) % 4):
+        raise binascii.Error("padding")
+    for start in range(0, end, _PIECE):
+        piece = text[start : min(end, start + _PIECE)].encode("ascii").translate(_URL_SAFE)
+        yield base64.b64decode(piece + b"=" * (-len(piece) % 4), validate=True)
