@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shlex
 import shutil
@@ -12,7 +13,10 @@ import pytest
 
 from siglance.engine import cli
 
+from .server.running import serving
+
 ROOT = Path(__file__).parents[1]
+ADDRESS = "http://127.0.0.1:8000"  # where `siglance serve` listens, and examples ask
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -30,7 +34,12 @@ def desk(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("index", range(len(blocks("python"))))
 def test_python_blocks_run(index, desk, capsys):
-    exec(compile(blocks("python")[index], f"README.md, Python block {index}", "exec"), {})
+    text = blocks("python")[index]
+    with contextlib.ExitStack() as around:
+        if ADDRESS in text:
+            engine = around.enter_context(cli.Engine.open())
+            text = text.replace(ADDRESS, around.enter_context(serving(engine)).url)
+        exec(compile(text, f"README.md, Python block {index}", "exec"), {})
     expected = re.findall(r"# prints (.+)", blocks("python")[index])
     printed = capsys.readouterr().out
     for line in expected:
