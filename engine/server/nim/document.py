@@ -90,6 +90,12 @@ SCHEMAS: dict[str, _Schema] = {
     "NIMHealth": _fields({"object": {"const": "health.response"}, "message": _TEXT}, "object", "message"),
 }
 
+_EVENT: _Schema = {
+    "type": "object",
+    "required": ["data"],
+    "properties": {"data": {"type": "string", "description": "A NIMChatChunk, a NIMProblem, or [DONE]."}},
+}
+_EXAMPLE = {"messages": [{"role": "user", "content": "describe"}], "max_tokens": 4}
 _ERRORS = {
     401: "A key is needed.",
     403: "The request names something that the server does not read, or the server by a wrong name.",
@@ -115,15 +121,18 @@ def _errors(*statuses: int) -> _Schema:
 def _chat(operation: str, summary: str, *names: str) -> _Schema:
     parameters = [{"name": name, "in": "path", "required": True, "schema": _TEXT} for name in names]
     success = {
-        "description": "A reply, or events of which each is a NIMChatChunk.",
-        "content": {**_json(_ref("ChatCompletion")), "text/event-stream": {"schema": _TEXT}},
+        "description": "A reply, or events.",
+        "content": {**_json(_ref("ChatCompletion")), "text/event-stream": {"schema": _EVENT}},
     }
     post = {
         "operationId": operation,
         "tags": ["NIM"],
         "summary": summary,
         "parameters": parameters,
-        "requestBody": {"required": True, "content": _json(_ref("ChatRequest"))},
+        "requestBody": {
+            "required": True,
+            "content": {"application/json": {"schema": _ref("ChatRequest"), "example": _EXAMPLE}},
+        },
         "responses": {"200": success, **_errors(*_ERRORS)},
     }
     return {"post": post}

@@ -19,11 +19,12 @@ from ..request import Request
 from ..service import Model, Service
 from .messages import Media, read_messages, refuse
 
-__all__ = ["EFFORTS", "MAX_STOPS", "MAX_TOOLS", "Asked", "model_of", "read_chat"]
+__all__ = ["EFFORTS", "MAX_STOPS", "MAX_TOOLS", "REPETITION", "Asked", "model_of", "read_chat"]
 
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 MAX_STOPS = 4
 MAX_TOOLS = 128
+REPETITION = (0.01, 100)  # smaller ones take logits beyond what numbers hold
 
 _SEEDS = 2**64
 _BOOKKEEPING = {"user": None, "safety_identifier": 128, "prompt_cache_key": None}  # texts: most characters
@@ -180,9 +181,6 @@ def _max_tokens(body: Fields) -> int:
 def _sampling(body: Fields) -> Sampling:
     """OpenAI's fields, and three that servers of open models have besides; top_k -1 is 0, all tokens."""
     top_k, seed = body.integer("top_k", -1, 2**31 - 1), body.integer("seed", -(2**63), _SEEDS - 1)
-    repetition_penalty = body.number("repetition_penalty", 0, 100)
-    if repetition_penalty == 0:
-        raise body.failure("repetition_penalty", "is 0, it must be above 0")
     return Sampling(
         temperature=body.number("temperature", 0, 2),
         top_k=None if top_k is None else max(top_k, 0),
@@ -190,7 +188,7 @@ def _sampling(body: Fields) -> Sampling:
         min_p=body.number("min_p", 0, 1),
         presence_penalty=body.number("presence_penalty", -2, 2),
         frequency_penalty=body.number("frequency_penalty", -2, 2),
-        repetition_penalty=repetition_penalty,
+        repetition_penalty=body.number("repetition_penalty", *REPETITION),
         logit_bias=_logit_bias(body),
         seed=None if seed is None else seed % _SEEDS,
     )

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from ...decoding import MAX_CANDIDATES
 from ...engine import DEFAULT_MAX_TOKENS
 from ...logprobs import MAX_LOGPROBS
-from .config import EFFORTS, MAX_STOPS, MAX_TOOLS
+from .config import EFFORTS, MAX_STOPS, MAX_TOOLS, REPETITION
 
-__all__ = ["PATHS", "SCHEMAS"]
+__all__ = ["paths", "schemas"]
 
 _Schema = dict[str, Any]
 
@@ -116,7 +117,7 @@ _FORMATS = [
 ]
 
 _REQUEST = _fields(
-    {"model": _TEXT, "messages": _list({"anyOf": _MESSAGES}, minItems=1)},
+    {"messages": _list({"anyOf": _MESSAGES}, minItems=1)},
     {
         "max_completion_tokens": {"type": "integer", "minimum": 1, "default": DEFAULT_MAX_TOKENS},
         "max_tokens": {"type": "integer", "minimum": 1, "description": "The same as max_completion_tokens."},
@@ -126,7 +127,7 @@ _REQUEST = _fields(
         "min_p": _number(0, 1),
         "presence_penalty": _number(-2, 2),
         "frequency_penalty": _number(-2, 2),
-        "repetition_penalty": {"type": "number", "exclusiveMinimum": 0, "maximum": 100},
+        "repetition_penalty": _number(*REPETITION),
         "logit_bias": {
             "type": "object",
             "propertyNames": {"pattern": "^(0|[1-9][0-9]{0,8})$"},
@@ -248,8 +249,7 @@ _ERROR = {
     },
 }
 
-SCHEMAS: dict[str, _Schema] = {
-    "OpenAIChatRequest": _REQUEST,
+_SCHEMAS: dict[str, _Schema] = {
     "OpenAIChatCompletion": _completion(
         "chat.completion", "message", {"type": "object", "required": ["role", "content"], "properties": _SAID}, [*_ENDS]
     ),
@@ -288,40 +288,46 @@ def _responses(success: _Schema, *errors: int) -> _Schema:
     return {"200": success, **failures}
 
 
-PATHS: dict[str, Any] = {
-    "/v1/models": {
-        "get": {
-            "operationId": "openai_list_models",
-            "tags": ["OpenAI"],
-            "summary": "The models that are served.",
-            "responses": _responses({"description": "A list.", "content": _json(_ref("Models"))}, 401, 403),
-        }
-    },
-    "/v1/models/{model}": {
-        "get": {
-            "operationId": "openai_get_model",
-            "tags": ["OpenAI"],
-            "summary": "One model.",
-            "parameters": [{"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}],
-            "responses": _responses({"description": "It.", "content": _json(_ref("Model"))}, 401, 403, 404),
-        }
-    },
-    "/v1/chat/completions": {
-        "post": {
-            "operationId": "openai_chat_completions",
-            "tags": ["OpenAI"],
-            "summary": "An answer to a conversation, whole or as server-sent events that end with [DONE].",
-            "requestBody": {"required": True, "content": _json(_ref("ChatRequest"))},
-            "responses": _responses(
-                {
-                    "description": "A completion, or events of which each is an OpenAIChatChunk.",
-                    "content": {
-                        **_json(_ref("ChatCompletion")),
-                        "text/event-stream": {"schema": _TEXT},
-                    },
-                },
-                *(400, 401, 403, 404, 413, 415, 429, 500, 503),
-            ),
-        }
-    },
+_EVENT: _Schema = {
+    "type": "object",
+    "required": ["data"],
+    "properties": {"data": {"type": "string", "description": "An OpenAIChatChunk, an OpenAIError, or [DONE]."}},
 }
+_ERRORS = (400, 401, 403, 404, 413, 415, 429, 500, 503)
+
+
+def schemas(names: Sequence[str]) -> dict[str, _Schema]:
+    """What the paths refer to; `names` are those of the models."""
+    request = {
+        **_REQUEST,
+        "required": ["model", "messages"],
+        "properties": {"model": {"enum": list(names)}, **_REQUEST["properties"]},
+    }
+    return {"OpenAIChatRequest": request, **_SCHEMAS}
+
+
+def paths(names: Sequence[str]) -> dict[str, Any]:
+    """The paths; `names` are those of the models."""
+    listed = _get("openai_list_models", "The models that are served.", "Models", 401, 403)
+    one = _get("openai_get_model", "One model.", "Model", 401, 403, 404)
+    one["parameters"] = [{"name": "model", "in": "path", "required": True, "schema": {"enum": list(names)}}]
+    example = {"model": names[0], "messages": [{"role": "user", "content": "describe"}], "max_tokens": 4}
+    asked = {"application/json": {"schema": _ref("ChatRequest"), "example": example}}
+    answers = {**_json(_ref("ChatCompletion")), "text/event-stream": {"schema": _EVENT}}
+    chat = {
+        "operationId": "openai_chat_completions",
+        "tags": ["OpenAI"],
+        "summary": "An answer to a conversation, whole or as server-sent events that end with [DONE].",
+        "requestBody": {"required": True, "content": asked},
+        "responses": _responses({"description": "A completion, or events.", "content": answers}, *_ERRORS),
+    }
+    return {"/v1/models": {"get": listed}, "/v1/models/{model}": {"get": one}, "/v1/chat/completions": {"post": chat}}
+
+
+def _get(operation: str, summary: str, schema: str, *errors: int) -> dict[str, Any]:
+    return {
+        "operationId": operation,
+        "tags": ["OpenAI"],
+        "summary": summary,
+        "responses": _responses({"description": "It.", "content": _json(_ref(schema))}, *errors),
+    }

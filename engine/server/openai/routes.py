@@ -11,10 +11,10 @@ from ..bodies import read_object
 from ..events import EventStream
 from ..failures import Failure
 from ..protocol import Protocol
-from ..service import Service
+from ..service import DEFAULT_MODEL, Service
 from ..settings import Settings
 from .config import model_of, read_chat
-from .document import PATHS, SCHEMAS
+from .document import paths, schemas
 from .replies import Answer, error_of, model_card
 
 __all__ = ["protocol"]
@@ -36,6 +36,7 @@ def protocol(service: Service, settings: Settings, access: Access) -> Protocol:
             return EventStream(await service.begin(asked.model, asked.request, http), answer.events, error_of)
         return JSONResponse(answer.completion(await service.generate(asked.model, asked.request, http)))
 
+    names = list(dict.fromkeys([*(model.name for model in service.models), DEFAULT_MODEL]))
     return Protocol(
         name="openai",
         routes=[
@@ -45,8 +46,8 @@ def protocol(service: Service, settings: Settings, access: Access) -> Protocol:
         ],
         owns=_owns,
         write_failure=_write_failure,
-        openapi=PATHS,
-        schemas=SCHEMAS,
+        openapi=paths(names),
+        schemas=schemas(names),
     )
 
 
