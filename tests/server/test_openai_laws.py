@@ -6,6 +6,7 @@ import asyncio
 import base64
 import copy
 import json
+import os
 from collections.abc import Coroutine
 from typing import Any
 
@@ -189,6 +190,7 @@ def test_every_field_is_looked_at(demo, name):
     assert (caught.value.field or "").startswith(name)
 
 
+INPUTS = int(os.environ.get("SIGLANCE_FUZZ_INPUTS", "10000"))
 FUZZ = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture]}
 
 
@@ -207,14 +209,14 @@ def test_any_body_of_nvidias_is_read_or_refused(body):
 
 
 @pytest.mark.fuzz
-@settings(max_examples=10_000, **FUZZ)
+@settings(max_examples=INPUTS, **FUZZ)
 @given(mutated(BODY))
 def test_any_body_is_read_or_refused_at_length(demo, body):
     check(read_chat(body, Names(demo), ACCESS))
 
 
 @pytest.mark.fuzz
-@settings(max_examples=10_000, **FUZZ)
+@settings(max_examples=INPUTS, **FUZZ)
 @given(mutated(NIM_BODY))
 def test_any_body_of_nvidias_is_read_or_refused_at_length(body):
     check(read_nim(body, ACCESS))
