@@ -129,18 +129,25 @@ def _from_data_uri(uri: str, max_bytes: int) -> bytes:
     Accepted: any case, no media type, any parameters, line breaks and spaces, percent-encoding, the URL-safe alphabet
     of base64, missing padding. Error messages never repeat the payload.
     """
+    too_long = InputError(f"a data URI of {len(uri)} characters, over the limit of {max_bytes} bytes of encoded data")
     # Percent-encoding triples a byte and base64 adds a third. Twice the limit is refused before any copy is made.
     if len(uri) > 2 * max_bytes + 1024:
-        raise InputError(f"a data URI of {len(uri)} characters, over the limit of {max_bytes} bytes of encoded data")
+        raise too_long
     header, payload = _split_data_uri(uri)
+    parameters = header.partition(":")[2].lower().split(";")
+    encoded = "base64" in (parameter.strip() for parameter in parameters)
+    # Counted before more copies are made. White space is left out; percent-encoded characters may be some.
+    least = len(payload) - sum(map(payload.count, string.whitespace)) - 3 * payload.count("%")
+    if (least * 3 // 4 - 3 if encoded else least) > max_bytes:
+        raise too_long
     try:
         raw = payload.encode("ascii")
     except UnicodeEncodeError:
         raise InputError("the payload of the data URI is not ASCII") from None
+    del payload
     if b"%" in raw:
         raw = urllib.parse.unquote_to_bytes(raw)
-    parameters = header.partition(":")[2].lower().split(";")
-    if "base64" in (parameter.strip() for parameter in parameters):
+    if encoded:
         raw = raw.translate(_URL_SAFE_BASE64, delete=string.whitespace.encode()).rstrip(b"=")
         if len(raw) * 3 // 4 <= max_bytes:  # else the test below refuses it undecoded
             try:

@@ -97,6 +97,26 @@ def test_soft_tokens_that_are_not_finite(engine, expected, monkeypatch):
     check_untouched(engine, expected)
 
 
+@pytest.mark.parametrize("budget", [70, 140, 280])
+@pytest.mark.parametrize("shift", [-1, 1])
+def test_another_number_of_soft_tokens_than_the_prompt_has_places_for(engine, expected, monkeypatch, budget, shift):
+    """Case 8: layout, tower and prompt count alike, or the request ends in an error before anything is spliced in."""
+    run = engine.runtime.vision.run
+
+    def miscounted(feeds):
+        values = run(feeds)["soft_tokens"]
+        return {"soft_tokens": values[:-1] if shift < 0 else np.concatenate([values, values[:1]])}
+
+    count = engine.count_tokens([picture(7), "what?"], image_tokens=budget)["image"]
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.runtime.vision, "run", miscounted)
+        with pytest.raises(
+            ModelOutputError, match=rf"soft tokens of shape \[{count + shift}, 64\], expected \[{count}, "
+        ):
+            engine.generate([picture(7), "what?"], image_tokens=budget, max_tokens=6)
+    check_untouched(engine, expected)
+
+
 @pytest.mark.parametrize("at", [0, 2])
 @pytest.mark.parametrize("value", [np.nan, -np.inf, np.inf])
 def test_logits_that_are_not_finite(engine, expected, letters, at, value):

@@ -24,6 +24,7 @@ MODELS = {
         {"key_style": "hub", "rope_scaling": {"rope_type": "linear", "factor": 8.0}},
     ),
     "gemma3 sharded bfloat16": ("gemma3", {"shards": 2, "storage": "bfloat16"}),
+    "gemma3 with a head of its own": ("gemma3", {"tie_word_embeddings": False}),
     "gemma4": ("gemma4", {}),
     "gemma4 hub keys, dead tensors": ("gemma4", {"key_style": "hub", "dead_shared_kv": True, "seed": 3}),
     "gemma4 text only": ("gemma4", {"vision": False}),
@@ -137,6 +138,18 @@ def test_two_images_alone_and_together(seeing):
     for chunk in (512, 64, 8, 3):
         found = seeing.runtime.session().prefill(ids, blocks, chunk=chunk)
         np.testing.assert_allclose(found, expected, atol=1e-3, err_msg=f"chunk {chunk}")
+
+
+def test_a_head_of_its_own_is_not_tied(tiny_model):
+    """Case 20: a checkpoint that says so has two tables, and both are in the weights file."""
+    family, arguments = MODELS["gemma3 with a head of its own"]
+    model = tiny_model(family, **arguments)
+    weights, _ = reference_model.load_checkpoint(model.checkpoint)
+    table, head = (np.float32(weights[f"{name}.weight"]) for name in ("model.embed_tokens", "lm_head"))
+    assert np.abs(table - head).max() > 0.1
+    data = model.bundle.path("weights").read_bytes()
+    assert data.count(table.tobytes()) == 1
+    assert data.count(head.tobytes()) + data.count(head.T.tobytes()) == 1
 
 
 def test_weights_are_stored_once(seeing):

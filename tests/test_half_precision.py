@@ -12,11 +12,12 @@ from safetensors.numpy import load_file, save_file
 
 from siglance.engine.bundle import Bundle
 from siglance.engine.errors import DeviceError, ExportError
+from siglance.engine.image_policy import POLICIES
 from siglance.engine.runtime import Runtime
 from siglance.export.exporter import export
 from siglance.export.families import ExportOptions
 
-from . import tiny
+from . import tiny, tiny_gemma4_audio, tiny_gemma4_large, tiny_siglip
 
 IDS = np.arange(100, 140)
 
@@ -104,10 +105,55 @@ def test_float16_loses_no_more_than_rounding(family, tmp_path):
     expected, found = logits_of(tmp_path / "fp32"), logits_of(tmp_path / "fp16")
     assert np.abs(found - expected).max() < 0.01 * np.ptp(expected)
     graph = ir.load(tmp_path / "fp16" / "decoder.onnx").graph
-    assert all(node.inputs[0].dtype != ir.DataType.FLOAT16 for node in graph if "LayerNormalization" in node.op_type)
     states = [value for value in graph.inputs if value.name and value.name.startswith("past.")]
     assert states
     assert all(value.dtype == ir.DataType.FLOAT16 for value in states)
+
+
+_SQUARES = ("LayerNormalization", "Pow", "Sqrt", "ReduceMean", "ReduceSum", "ReduceL2", "Reciprocal")
+_WRITERS = {**vars(tiny), **vars(tiny_siglip), **vars(tiny_gemma4_audio), **vars(tiny_gemma4_large)}
+
+
+@pytest.mark.parametrize(
+    "family",
+    ["gemma3", "gemma3_vision", "gemma4_audio", "gemma4_dense", "gemma4_experts", "gemma4_unified", "paligemma"],
+)
+def test_no_sum_of_squares_is_in_float16(family, tmp_path):
+    """Cases 15 and 18: the input of every norm, with a weight or without, is float32 in every graph of every family."""
+    _WRITERS[f"write_{family}"](tmp_path / "checkpoint")
+    export(tmp_path / "checkpoint", tmp_path / "fp16", ExportOptions(precision="fp16", target="cuda"))
+    norms = 0
+    for path in (tmp_path / "fp16").glob("*.onnx"):
+        for node in ir.load(path).graph.all_nodes():
+            if any(name in node.op_type for name in _SQUARES):
+                assert node.inputs[0].dtype != ir.DataType.FLOAT16, (path.name, node.name)
+                norms += "LayerNormalization" in node.op_type
+    assert norms >= 8
+
+
+def test_patches_of_extreme_contrast_stay_finite(tmp_path):
+    """Case 6: a product over the 6,912 values of a patch of 48 x 48 pixels, all of them black or white. Half of its
+    outputs see exactly this pattern: 6,912 products of one sign, whose sum is beyond float16."""
+    tiny_gemma4_large.write_gemma4_unified(tmp_path / "checkpoint")
+    board = np.repeat((np.indices((384, 384)).sum(axis=0) % 2 * 255)[:, :, None], 3, axis=2).astype(np.uint8)
+    pattern = np.float32(board[:48, :48].reshape(-1) / 127.5 - 1)
+    tensors = load_file(tmp_path / "checkpoint" / "model.safetensors")
+    [name] = [name for name in tensors if name.endswith("vision_embedder.patch_dense.weight")]
+    tensors[name][::2] = pattern * np.linspace(-30, 30, len(tensors[name][::2]), dtype=np.float32)[:, None]
+    save_file(tensors, tmp_path / "checkpoint" / "model.safetensors")
+    for precision, target in (("fp32", "cpu"), ("fp16", "cuda")):
+        export(tmp_path / "checkpoint", tmp_path / precision, ExportOptions(precision=precision, target=target))
+    runtimes = [Runtime(Bundle.open(tmp_path / name), device="cpu", foreign=True) for name in ("fp32", "fp16")]
+    facts = runtimes[0].manifest.image
+    assert facts is not None
+    policy = POLICIES[facts.policy]
+    assert policy.prepare(board, facts, 70).values.std() == 127.5  # it has its size: nothing was resampled
+    assert np.abs(pattern @ tensors[name].T).max() > 2 * float(np.finfo(np.float16).max)
+    for picture in (board, 255 - board, np.zeros_like(board), np.full_like(board, 255)):
+        patches = policy.prepare(picture, facts, 70)
+        tokens = policy.layout(*picture.shape[:2], facts, 70).soft_tokens
+        expected, found = (runtime.encode(patches.values, patches.positions, tokens) for runtime in runtimes)
+        assert np.abs(found - expected).max() < 0.02 * np.abs(expected).max()
 
 
 def test_a_float16_bundle_is_refused_on_a_cpu(tmp_path):

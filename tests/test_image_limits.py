@@ -5,12 +5,15 @@ import os
 import struct
 import time
 import zlib
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from siglance.engine.errors import ImageError
+from siglance.engine import Engine
+from siglance.engine.errors import ContextFull, ImageError
 from siglance.engine.image import load_image
 from siglance.engine.limits import Limits
 
@@ -94,6 +97,63 @@ def test_bombs_are_refused_on_their_header(size):
     data = BOMBS[size]()
     with pytest.raises(ImageError, match=rf"{width}x{height} (is|are) {width * height} pixels, the limit is 50000000"):
         load_image(data)
+
+
+def peak_growth(work: Callable[[], object]) -> int:
+    """By how many bytes the resident memory of this process exceeds its present size at most, while `work` runs."""
+    status = Path("/proc/self/status")
+
+    def kilobytes(name: str) -> int:
+        return int(next(line for line in status.read_text().splitlines() if line.startswith(name)).split()[1])
+
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = kilobytes("VmRSS:")
+    work()
+    return 1024 * (kilobytes("VmHWM:") - before)
+
+
+def refused(source: object) -> Callable[[], object]:
+    def work() -> None:
+        with pytest.raises(ImageError):
+            load_image(source)
+
+    return work
+
+
+@pytest.mark.parametrize("size", BOMBS)
+def test_bombs_take_no_memory(size):
+    """Case 48: a refusal costs what the file costs."""
+    assert peak_growth(refused(BOMBS[size]())) < 20_000_000
+
+
+def test_memory_of_a_picture_is_seen():
+    """The measurement above means something."""
+    data = encoded(Image.new("RGB", (7000, 7000)), "PNG", compress_level=1)
+    assert peak_growth(lambda: load_image(data)) > 140_000_000
+
+
+def test_a_data_uri_over_the_limit_is_not_decoded():
+    """Case 48: 100 MB of base64."""
+    uri = "data:image/png;base64," + "A" * 100_000_000
+    with pytest.raises(ImageError, match="over the limit of 67108864 bytes"):
+        load_image(uri)
+    assert peak_growth(refused(uri)) < 120_000_000  # one copy of the payload, apart from its header
+
+
+def test_three_hundred_tiny_pictures(tiny_model):
+    """Case 48: they are counted, and refused by what they would take of the context before one of them is resized."""
+    dots = [Image.new("RGB", (1, 1), (index % 256, 0, 0)) for index in range(300)]
+    model = tiny_model("gemma4")
+    with Engine(model.bundle, threads=1) as engine:
+        counts = engine.count_tokens([*dots, "what?"], image_tokens=70)
+        assert counts["image"] == 300 * 64
+
+        def ask() -> None:
+            with pytest.raises(ContextFull, match=rf"{counts['total']}.*{engine.manifest.context}"):
+                engine.generate([*dots, "what?"], image_tokens=280)
+
+        counts = engine.count_tokens([*dots, "what?"], image_tokens=280)
+        assert peak_growth(ask) < 20_000_000
 
 
 def test_a_progressive_jpeg_of_endless_scans_is_refused():

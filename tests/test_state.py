@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from siglance.engine.errors import ContextFull, ModelOutputError
 from siglance.engine.runtime import Runtime, Session
+from siglance.engine.state import FIRST_CAPACITY
 
 TOLERANCE = 1e-4
 MODELS = {
@@ -163,6 +164,45 @@ def test_a_snapshot_holds_what_is_used(runtime):
         assert snapshot.rows[pair.input].shape == (1, heads, rows, size)
         expected += int(heads) * rows * int(size) * np.dtype(facts.dtype).itemsize
     assert snapshot.nbytes == expected < session.state_bytes
+
+
+def test_state_stays_where_it_is(runtime):
+    """Case 72: what the graph writes is what it reads next, in the same memory; nothing is copied between two steps.
+    Memory moves where a global buffer has to grow, which doubling makes rare."""
+    session = runtime.session()
+    session.prefill(tokens(5))
+    moved = 0
+    for token in tokens(400, seed=1):
+        before = {name: buffer.ctypes.data for name, buffer in session._state._buffers.items()}
+        session.step(int(token))
+        after = {name: buffer.ctypes.data for name, buffer in session._state._buffers.items()}
+        moved += before != after
+    capacities = {FIRST_CAPACITY * 2**doublings for doublings in range(20)}
+    grown = {buffer.shape[2] for pair, buffer in session._state._items() if pair.kind == "global"}
+    assert moved == 1
+    assert grown <= capacities
+
+
+def test_bound_memory_gives_what_copies_give(runtime):
+    """Case 72: bit for bit the logits of runs that are handed the state as arrays and give it back as arrays."""
+    ids = tokens(30)
+    session = runtime.session()
+    found = np.stack([session.prefill(ids[:20]), *(session.step(int(token)) for token in ids[20:])])
+    graph = runtime.decoder
+    state = {
+        pair.input: np.zeros([size if isinstance(size, int) else 64 for size in graph.inputs[pair.input].shape], "f4")
+        for pair in runtime.manifest.state
+    }
+    expected, length = [], 0
+    for piece in (ids[:20], *np.split(ids[20:], 10)):
+        wires = runtime.embed.run({"input_ids": piece[None]})
+        feeds = {name: value for name, value in wires.items() if name in graph.inputs} | state
+        length += len(piece)
+        feeds |= {"seqlens_k": np.array([length - 1], np.int32), "total_sequence_length": np.array(length, np.int32)}
+        outputs = graph.run(feeds | {"logit_rows": np.array([len(piece) - 1])})
+        state = {pair.input: outputs[pair.output] for pair in runtime.manifest.state}
+        expected.append(outputs["logits"][0])
+    np.testing.assert_array_equal(found, np.stack(expected))
 
 
 def test_a_snapshot_of_nothing(runtime):
