@@ -14,7 +14,7 @@ import numpy as np
 import onnxruntime
 
 from .errors import BundleError, DeviceError, ModelOutputError
-from .processes import kept_by_forks, usable_cores
+from .processes import kept_by_forks, thread_count, usable_cores
 
 __all__ = [
     "Device",
@@ -104,7 +104,7 @@ class Graph:
         self.name = path.stem
         self.device = device
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads or usable_cores()
+        options.intra_op_num_threads = thread_count(threads)
         options.inter_op_num_threads = 1
         options.log_severity_level = 4  # failures arrive as exceptions; nothing is printed beside them
         if not prepack:

@@ -10,10 +10,11 @@ from pathlib import Path
 
 from .errors import InputError
 
-__all__ = ["OwnProcess", "kept_by_forks", "usable_cores"]
+__all__ = ["OwnProcess", "kept_by_forks", "thread_count", "usable_cores"]
 
 _CGROUPS = Path("/sys/fs/cgroup")
 _OWN_CGROUPS = Path("/proc/self/cgroup")
+_MAX_THREADS = 1024  # of one graph: more than machines have cores; a million would take all memory for their stacks
 
 
 def usable_cores() -> int:
@@ -24,6 +25,15 @@ def usable_cores() -> int:
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, math.ceil(min(cores, _quota())))
+
+
+def thread_count(threads: int | None) -> int:
+    """What a caller asks for, or one thread for each usable core. Raises InputError for no number of threads."""
+    if threads is None:
+        return usable_cores()
+    if not isinstance(threads, int) or isinstance(threads, bool) or not 1 <= threads <= _MAX_THREADS:
+        raise InputError(f"threads is {threads!r}, it must be an integer between 1 and {_MAX_THREADS}")
+    return threads
 
 
 def _quota() -> float:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from siglance.engine import Engine, processes
+from siglance.engine.errors import InputError
 
 
 @pytest.mark.parametrize(
@@ -52,6 +53,13 @@ def test_a_container_gets_threads_for_the_cpu_time_it_has(
     monkeypatch.setattr(processes, "_OWN_CGROUPS", tmp_path / "own")
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(8), raising=False)
     assert processes.usable_cores() == cores
+
+
+@pytest.mark.parametrize("threads", [0, -1, 1.5, "2", True, 10**6])
+def test_a_number_of_threads_that_is_none_is_refused(threads: object):
+    """A million would take all memory of the machine."""
+    with pytest.raises(InputError, match=r"threads is .*between 1 and 1024"):
+        Engine.open("demo", threads=threads)  # pyright: ignore
 
 
 def _run(script: str, home: Path, **variables: str) -> str:
