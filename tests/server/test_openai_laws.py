@@ -190,7 +190,7 @@ def test_every_field_is_looked_at(demo, name):
     assert (caught.value.field or "").startswith(name)
 
 
-INPUTS = int(os.environ.get("SIGLANCE_FUZZ_INPUTS", "10000"))
+INPUTS = int(os.environ.get("SIGLANCE_FUZZ_INPUTS", "5000"))
 FUZZ = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture]}
 
 
