@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from .errors import BundleError
+from .wire import fields
 
 __all__ = ["external_files"]
 
@@ -27,7 +28,6 @@ _MESSAGES: dict[str, _Schema] = {
     "tensor": {13: "entry"},
 }
 _MOST_DEPTH = 64  # messages in one another; onnxruntime itself stops at 100
-_FIXED = {1: 8, 5: 4}  # bytes of the wire types that have a fixed size
 
 
 def external_files(path: Path) -> set[str]:
@@ -47,51 +47,22 @@ def external_files(path: Path) -> set[str]:
                 found |= _locations(message)
                 continue
             inside = _MESSAGES[kind]
-            waiting += [(inside[number], value, depth + 1) for number, value in _fields(message) if number in inside]
-    except (ValueError, IndexError) as error:
+            waiting += [(inside[number], value, depth + 1) for number, value in _parts(message) if number in inside]
+    except ValueError as error:
         raise BundleError(f"{path.name} cannot be read as an ONNX graph: {error}") from None
     return found
 
 
 def _locations(entry: memoryview) -> set[str]:
     """The values of an entry of external data, if its key is "location"."""
-    fields = list(_fields(entry))
-    if not any(number == 1 and bytes(value) == b"location" for number, value in fields):
+    texts = list(_parts(entry))
+    if not any(number == 1 and bytes(value) == b"location" for number, value in texts):
         return set()
-    return {bytes(value).decode() for number, value in fields if number == 2}
+    return {bytes(value).decode() for number, value in texts if number == 2}
 
 
-def _fields(message: memoryview) -> Iterator[tuple[int, memoryview]]:
-    """Number and bytes of every field of a message that has a length; numbers and constants are passed over."""
-    at = 0
-    while at < len(message):
-        tag, at = _varint(message, at)
-        number, wire = tag >> 3, tag & 7
-        if wire == 0:
-            _, at = _varint(message, at)
-        elif wire == 2:
-            length, at = _varint(message, at)
-            if length > len(message) - at:
-                raise ValueError("a field is longer than what is around it")
-            yield number, message[at : at + length]
-            at += length
-        elif wire in _FIXED:
-            at += _FIXED[wire]
-        else:
-            raise ValueError(f"wire type {wire}")
-    if at > len(message):
-        raise ValueError("a field is longer than what is around it")
-
-
-def _varint(message: memoryview, at: int) -> tuple[int, int]:
-    """The number that begins at a place, and the place behind it. Raises IndexError at the end of the message."""
-    value = shift = 0
-    while True:
-        byte = message[at]
-        at += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, at
-        shift += 7
-        if shift > 63:
-            raise ValueError("a number of more than 64 bits")
+def _parts(message: memoryview) -> Iterator[tuple[int, memoryview]]:
+    """Number and bytes of the fields of a message that are no integers."""
+    for number, value in fields(message):
+        if isinstance(value, memoryview):
+            yield number, value

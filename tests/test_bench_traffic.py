@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from siglance.engine.bench import wire
+from siglance.engine import wire
 from siglance.engine.bench.graph_file import read_graph
 from siglance.engine.bench.traffic import Cost, Format, GraphCost, Traffic
 from siglance.engine.bundle import Bundle

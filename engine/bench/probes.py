@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 
 from ..graph import Device, Graph, tensor
+from ..wire import message
 from .traffic import Format
-from .wire import message
 
 __all__ = ["Probes"]
 

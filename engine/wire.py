@@ -1,7 +1,7 @@
 """Protocol Buffers, as far as ONNX files need them: reading the fields of a message, and writing small messages.
 
-The runtime has no package that knows ONNX files, and a measurement of a device should not need one. What a number
-means is in onnx.proto; `graph_file` and `probes` name the fields that they use.
+The runtime has no package that knows ONNX files, and neither a check of untrusted ones nor a measurement of a device
+should need one. What a number means is in onnx.proto; whoever reads fields names those that it uses.
 """
 
 from __future__ import annotations
