@@ -209,9 +209,9 @@ def _walk(value: object, key: str) -> Iterator[dict[str, Any]]:
     pending = [value]
     while pending:
         value = pending.pop()
-        if isinstance(value, dict) and key in value:
-            yield value
-        elif isinstance(value, dict):
+        if isinstance(value, dict):
+            if key in value:
+                yield value
             pending.extend(reversed(value.values()))
         elif isinstance(value, list):
             pending.extend(reversed(value))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from threading import Lock
+
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
@@ -13,6 +15,9 @@ from .limits import DEFAULT_LIMITS, Limits
 from .sources import FileSource, read_source
 
 __all__ = ["ImageSource", "load_image"]
+
+# Pillow decodes an image when it is first used, and two threads may have been given the same one.
+_decoding = Lock()
 
 ImageSource = FileSource | Image.Image | npt.NDArray[np.generic]
 
@@ -61,7 +66,8 @@ def load_image(source: ImageSource, *, limits: Limits = DEFAULT_LIMITS, name: st
 
 def _from_pil(image: Image.Image, max_pixels: int) -> npt.NDArray[np.uint8]:
     check_size(*image.size, max_pixels)
-    return upright_rgb(image)
+    with _decoding:
+        return upright_rgb(image)
 
 
 def _from_array(array: npt.NDArray[np.generic], max_pixels: int) -> npt.NDArray[np.uint8]:

@@ -12,6 +12,9 @@ Negative values, NaN, and values over 65535 are an error.
 
 from __future__ import annotations
 
+import weakref
+from typing import NamedTuple
+
 import numpy as np
 import numpy.typing as npt
 from PIL import ExifTags, Image
@@ -41,15 +44,24 @@ _UPRIGHT = {
 _KEY_SCALES = {"L;2": (85, 0), "L;4": (17, 0), "RGB;16B": (1, 8)}
 
 
+class _Stored(NamedTuple):
+    """How a file stores an image, as far as its pixels do not show it."""
+
+    key: int | tuple[int, ...] | None = None  # the transparent colour, see `_transparent_key`
+    frame: tuple[int, int, int, int] | None = None  # see `_first_frame_box`
+
+
+# What was known of images before they were decoded, by their identity; for as long as they live.
+_forgotten: dict[int, tuple[weakref.ref[Image.Image], _Stored]] = {}
+
+
 def upright_rgb(image: Image.Image) -> npt.NDArray[np.uint8]:
     """Decode `image` and return it upright: uint8 [H, W, 3], not shared with `image`, which keeps its pixels and tags.
 
     Raises ImageError if the data is broken or truncated, or the mode is not supported.
     """
     try:
-        # Before decoding, which forgets how the samples were stored and where the frame lies.
-        key, frame = _transparent_key(image), _first_frame_box(image)
-        image.load()
+        key, frame = _decoded(image)
         rgb = _to_rgb(image, key)
         if frame is not None:
             rgb = _on_white(rgb, frame)
@@ -60,6 +72,20 @@ def upright_rgb(image: Image.Image) -> npt.NDArray[np.uint8]:
         raise
     except Exception as error:  # on hostile files Pillow raises nearly every kind of exception
         raise ImageError(f"cannot decode this {image.format or 'PIL image'}: {one_line(error)}") from error
+
+
+def _decoded(image: Image.Image) -> _Stored:
+    """Decode `image`, and say what decoding forgets: an image of the caller may come again."""
+    stored, number = _Stored(), id(image)
+    if getattr(image, "tile", None):
+        stored = _Stored(_transparent_key(image), _first_frame_box(image))
+        _forgotten.pop(number, None)
+        if stored != _Stored():
+            _forgotten[number] = weakref.ref(image, lambda _: _forgotten.pop(number, None)), stored
+    elif number in _forgotten and _forgotten[number][0]() is image:
+        stored = _forgotten[number][1]
+    image.load()
+    return stored
 
 
 def composite_on_white(image: Image.Image) -> Image.Image:

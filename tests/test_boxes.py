@@ -44,11 +44,12 @@ def test_y_comes_first_and_the_grid_is_a_thousand():
         json.dumps({"objects": [TITLE, CAR]}),
         json.dumps({"scene": {"count": 2, "objects": [TITLE, CAR]}}),
         json.dumps([{**TITLE, "attributes": {"colour": "blue"}}, CAR]),
+        json.dumps([{**TITLE, "children": [CAR]}]),
         f"{{not json: {BOTH}}}",
         BOTH.replace("car", "ca\\u0072"),
     ],
     ids=["list", "fence", "indented", "prose", "two fences", "lines", "comma in list", "commas everywhere", "wrapper",
-         "two wrappers", "nested object", "braces in prose", "escapes"],
+         "two wrappers", "nested object", "boxes in boxes", "braces in prose", "escapes"],
 )  # fmt: skip
 def test_boxes_are_found_in_any_wrapping(text):
     assert read(text) == Boxes((TITLE_BOX, CAR_BOX), truncated=False)

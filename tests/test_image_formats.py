@@ -123,11 +123,13 @@ def test_a_first_frame_smaller_than_its_canvas_lies_on_white(options):
     data[6:10] = struct.pack("<HH", 8, 8)
     at = data.rindex(b"\x2c\0\0\0\0")
     data[at + 1 : at + 5] = struct.pack("<HH", 4, 4)
-    pixels = load_image(bytes(data))
-    assert pixels.shape == (8, 8, 3)
-    assert (pixels[:4] == 255).all()
-    assert (pixels[4:, :4] == 255).all()
-    assert (pixels[4:, 4:] == COLOUR).all()
+    image = Image.open(io.BytesIO(data))
+    for source in (bytes(data), image, image):  # the second time it is decoded
+        pixels = load_image(source)
+        assert pixels.shape == (8, 8, 3)
+        assert (pixels[:4] == 255).all()
+        assert (pixels[4:, :4] == 255).all()
+        assert (pixels[4:, 4:] == COLOUR).all()
 
 
 def test_the_largest_picture_of_an_icon_is_read():

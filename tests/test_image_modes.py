@@ -50,7 +50,9 @@ def test_a_grey_blend_is_half_way_to_white():
 )  # fmt: skip
 def test_a_transparent_colour_key_is_white_at_every_depth(data, opaque):
     assert load_image(data)[0].tolist() == [list(WHITE), list(opaque)]
-    assert load_image(Image.open(io.BytesIO(data)))[0].tolist() == [list(WHITE), list(opaque)]
+    image = Image.open(io.BytesIO(data))
+    assert load_image(image)[0].tolist() == [list(WHITE), list(opaque)]
+    assert load_image(image)[0].tolist() == [list(WHITE), list(opaque)], "a second time, when it is decoded"
 
 
 def test_a_transparent_gif_is_white_where_nothing_is_drawn():

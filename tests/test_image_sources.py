@@ -5,6 +5,7 @@ import io
 import os
 import urllib.parse
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -188,3 +189,14 @@ def test_unusable_file_objects_say_why():
         load_image(closed)
     with pytest.raises(ImageError, match="binary mode"):
         load_image(io.StringIO("text"))
+
+
+def test_one_pil_image_in_several_threads():
+    """Pillow decodes it when it is first used, and not twice at once."""
+    data = encoded(Image.effect_noise((400, 300), 80).convert("RGB"), "PNG")
+    expected = load_image(data)
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(5):
+            image = Image.open(io.BytesIO(data))
+            for pixels in pool.map(load_image, [image] * 4):
+                np.testing.assert_array_equal(pixels, expected)
