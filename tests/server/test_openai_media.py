@@ -1,4 +1,4 @@
-"""Media in requests to OpenAI's paths that are not read: each is refused with its place, nothing is made up without it."""
+"""Media of requests to OpenAI's paths that are not read: refused by place; no answer is made up without them."""
 
 from __future__ import annotations
 
