@@ -95,6 +95,7 @@ class Engine:
             feature_cache_dir=feature_cache_dir,
             feature_cache_dir_bytes=feature_cache_dir_bytes,
         )
+        self.features = self._reuse.features  # soft tokens of pictures seen before, and how often that helped
         self._runtime: Runtime | None = Runtime(bundle, device=device, threads=threads)
         self._constraints = Constraints(
             self._tokenizer, self._runtime.vocabulary, self.manifest.stop_ids, self.manifest.reply.boxes

@@ -40,10 +40,14 @@ def content_key(patches: Patches) -> bytes:
 
 
 class FeatureCache:
-    """The soft tokens used last, in at most `max_bytes` of memory; 0 keeps none. Thread-safe."""
+    """The soft tokens used last, in at most `max_bytes` of memory; 0 keeps none. Thread-safe.
+
+    `hits` and `misses` count what was asked for.
+    """
 
     def __init__(self, max_bytes: int, folder: FeatureFolder | None = None):
         self.max_bytes = max_bytes
+        self.hits = self.misses = 0
         self._folder = folder
         self._lock = Lock()
         self._values: OrderedDict[bytes, np.ndarray] = OrderedDict()
@@ -63,8 +67,12 @@ class FeatureCache:
             values = self._values.get(content)
             if values is not None:
                 self._values.move_to_end(content)
+                self.hits += 1
                 return values
         values = None if self._folder is None else self._folder.read(content, shape)
+        with self._lock:
+            self.hits += values is not None
+            self.misses += values is None
         if values is not None:
             self._remember(content, values)
         return values

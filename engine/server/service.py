@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import threading
 from collections.abc import AsyncGenerator, Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,7 @@ from typing import Any
 
 from starlette.requests import Request as HttpRequest
 
+from ..bundle import Bundle
 from ..engine import Engine
 from ..reply import Chunk, Reply
 from .failures import Failure, failure_of, gone, trace_of
@@ -28,9 +30,9 @@ __all__ = ["DEFAULT_MODEL", "Model", "Service", "client_of"]
 DEFAULT_MODEL = "default"
 """The name by which the first bundle is known too."""
 
-# Requests of one model that take turns, step by step. With one alone the processor waits while Python picks a token (the
-# demo: half the throughput); with more the first token comes sooner and the last one later, and each has a state in
-# memory.
+# Requests of one model that take turns, step by step. With one alone the processor waits while Python picks a token
+# (with the demo that halves the throughput); with more the first token comes sooner and the last one later, and each
+# has a state in memory.
 PARALLEL = 2
 _COUNTS = 2  # prompts of one model that are counted at once
 
@@ -48,11 +50,40 @@ class Model:
     created: int
 
 
+class _Weights:
+    """Notices that a file of weights was written over.
+
+    Engines map it into memory, so they would go on with other weights or none. A bundle whose folder was replaced by
+    another one, as export does it, is served as it was.
+    """
+
+    def __init__(self, bundle: Bundle):
+        self._path = bundle.path("weights") if "weights" in bundle.manifest.files else None
+        self._found = self._look()
+
+    def check(self) -> None:
+        """Raise Failure(503) if it was."""
+        now = self._look()
+        if now is not None and self._found is not None and now[0] == self._found[0] and now != self._found:
+            raise Failure(
+                503, "the bundle was written over while it is served: start the server again", kind="unavailable"
+            )
+
+    def _look(self) -> tuple[tuple[int, int], int, int] | None:
+        """Which file it is, its size and when it was last written to."""
+        try:
+            facts = os.stat(self._path) if self._path is not None else None
+        except OSError:
+            return None
+        return facts and ((facts.st_dev, facts.st_ino), facts.st_size, facts.st_mtime_ns)
+
+
 class _Desk:
     """The lines in front of one model, and the threads that its requests run in."""
 
-    def __init__(self, name: str, settings: Settings):
+    def __init__(self, name: str, engine: Engine, settings: Settings):
         self.name = name
+        self.weights = _Weights(engine.bundle)
         self.line = Line(PARALLEL, settings.queue)
         self.counts = Line(_COUNTS, settings.queue)
         self.threads = ThreadPoolExecutor(PARALLEL + _COUNTS, f"siglance-{name}")
@@ -71,7 +102,7 @@ class Service:
         self.settings = settings
         self.metrics = metrics or Metrics()
         self._by_name = {DEFAULT_MODEL: self.models[0]} | {model.name: model for model in self.models}
-        self._desks = {model.name: _Desk(model.name, settings) for model in self.models}
+        self._desks = {model.name: _Desk(model.name, model.engine, settings) for model in self.models}
         self._cancels: set[threading.Event] = set()
         desks = self._desks.items()
         self.metrics.watch(
@@ -80,6 +111,13 @@ class Service:
         self.metrics.watch(
             "siglance_running", "Requests that run.", lambda: {name: desk.line.running for name, desk in desks}
         )
+        for name, read in (("hits", lambda cache: cache.hits), ("misses", lambda cache: cache.misses)):
+            self.metrics.watch(
+                f"siglance_feature_cache_{name}",
+                "Pictures and sounds that were looked for among those seen before.",
+                lambda read=read: {model.name: read(model.engine.features) for model in self.models},
+                counter=True,
+            )
 
     def model(self, name: str) -> Model:
         """The model of this name, or the first one for "default". Raises Failure(404)."""
@@ -137,6 +175,7 @@ class Service:
         cancel = threading.Event()
 
         def answer(tell: _Tell) -> None:
+            desk.weights.check()
             for chunk in model.engine.stream(**request.stream_arguments(), cancelled=cancel.is_set):
                 tell(chunk)
 

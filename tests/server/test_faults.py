@@ -134,6 +134,21 @@ def test_a_bundle_that_is_replaced_under_a_server(tmp_path):
         assert server.get("/health").status == 200
 
 
+def test_a_bundle_that_is_written_over_under_a_server(tmp_path):
+    """Its weights are mapped into memory: requests are refused, and none is answered from other weights."""
+    folder = tmp_path / "bundle"
+    shutil.copytree(demo_folder(), folder)
+    with Engine.open(folder) as engine, serving(engine, makers=[toy]) as server:
+        assert server.post("/toy", {"text": "describe"}).status == 200
+        with (folder / "weights.bin").open("r+b") as file:
+            file.write(bytes(1000))
+        for stream in (False, True):
+            answer = server.post("/toy", {"text": "describe", "stream": stream})
+            assert (answer.status, answer.json()["kind"]) == (503, "unavailable")
+            assert "start the server again" in answer.json()["toy"]
+        assert server.get("/health").status == 200
+
+
 def test_a_step_of_the_model_that_raises(demo):
     """One request fails, whoever runs beside it does not notice, and what comes next is answered."""
     double, runtime = scripted(demo, [20, 21, 22, 1])

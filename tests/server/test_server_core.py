@@ -16,6 +16,7 @@ from siglance.engine.server.failures import Failure
 from siglance.engine.server.service import PARALLEL, Model, Service
 from siglance.engine.server.settings import Settings
 
+from ..pdf_files import numbered_pages
 from ..picture_files import encoded
 from ..scripted import scripted
 from .running import Running, serving
@@ -167,6 +168,8 @@ def test_metrics(demo):
         assert metric(server, "siglance_time_per_token_seconds_count{") == 2
         assert metric(server, "siglance_queue_seconds_count{") == 3
         assert metric(server, "siglance_resident_memory_bytes ") > 10**7
+        assert metric(server, "siglance_feature_cache_misses_total{") == demo.features.misses > 0
+        assert metric(server, "siglance_feature_cache_hits_total{") == demo.features.hits
         assert metric(server, "siglance_queue_length{") == metric(server, "siglance_running{") == 0
 
 
@@ -181,7 +184,7 @@ def encoded_picture(seed: int, side: int = 60) -> bytes:
 
 
 def test_a_client_that_leaves_while_the_model_runs(slow, gate):
-    """Whether it waited for all or for a piece: one step more, and the place is free."""
+    """Case 37: whether it waited for all or for a piece, one step more, and the place is free."""
     for body in ('{"text": "describe", "max_tokens": 100}', '{"text": "describe", "max_tokens": 100, "stream": true}'):
         gate.runs = 0
         connection = begin(slow, body)
@@ -213,7 +216,7 @@ def test_a_client_that_leaves_after_some_pieces(slow, gate):
 
 
 def test_a_client_that_leaves_while_its_prompt_runs(demo, gate):
-    """Between two chunks of a prompt: the second never runs."""
+    """Case 37: between two chunks of a prompt, of which the second never runs."""
     with serving({"one": gated(demo, gate)}, makers=[toy]) as server:
         words = " ".join(["count the red circles"] * 100)
         connection = begin(server, f'{{"text": "{words}"}}')
@@ -225,9 +228,22 @@ def test_a_client_that_leaves_while_its_prompt_runs(demo, gate):
         assert gate.runs == 1
 
 
+def test_a_client_that_leaves_while_its_pages_are_looked_at(slow, gate):
+    """Case 37: the second page is not looked at."""
+    paper = as_base64(numbered_pages(3))
+    connection = begin(slow, f'{{"text": "describe", "image": "{paper}"}}')
+    gate.begun(1)
+    connection.close()
+    until(lambda: not slow.service._cancels)
+    gate.free()
+    slow.settle()
+    assert gate.runs == 1
+
+
 def test_clients_that_leave_while_they_wait(slow, gate):
+    """Case 37: they are out of the line at once, and nothing of them ever runs."""
     inside = [begin(slow) for _ in range(PARALLEL)]
-    gate.begun(PARALLEL if PARALLEL == 1 else 1)
+    gate.begun(1)
     until(lambda: line_of(slow).running == PARALLEL)
     outside = [begin(slow) for _ in range(3)]
     until(lambda: line_of(slow).waiting == 3)
@@ -238,8 +254,10 @@ def test_clients_that_leave_while_they_wait(slow, gate):
     until(lambda: line_of(slow).waiting == 0)
     for connection in inside:
         connection.close()
+    until(lambda: not slow.service._cancels)
     gate.free()
     slow.settle()
+    assert gate.runs <= PARALLEL
 
 
 def test_a_request_after_one_that_was_left_begins_at_once(slow, gate):

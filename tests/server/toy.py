@@ -73,7 +73,7 @@ def toy(service: Service, settings: Settings, access: Access) -> Protocol:
 
 
 class Gate:
-    """Lets runs of a decoder through one by one: `runs` counts those that have begun, `free` lets all others go on."""
+    """Lets runs of the graphs through one by one: `runs` counts those that have begun, `free` lets all others go on."""
 
     def __init__(self):
         self.runs = 0
@@ -105,7 +105,7 @@ class Gate:
 
 
 def gated(engine: Engine, gate: Gate) -> Engine:
-    """A copy of an engine, with caches and lock of its own, each run of whose decoder passes the gate."""
+    """A copy of an engine, with caches and lock of its own, each run of whose tower and decoder passes the gate."""
     double = copy.copy(engine)
     double._turn = threading.Lock()
     double._reuse = engine._reuse.off()
@@ -117,6 +117,13 @@ def gated(engine: Engine, gate: Gate) -> Engine:
         gate.passing()
         run(binding)
 
+    encode = runtime.encode
+
+    def encoding(*arguments):
+        gate.passing()
+        return encode(*arguments)
+
     runtime.decoder.run_bound = passing  # pyright: ignore[reportAttributeAccessIssue]
+    runtime.encode = encoding
     double._runtime = runtime
     return double
