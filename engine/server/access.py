@@ -11,6 +11,7 @@ import binascii
 import re
 import urllib.parse
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 from .failures import Failure
 from .files import FileReader
@@ -23,6 +24,7 @@ _PIECE = 2**18  # characters, of which base64 makes whole bytes
 _URL_SAFE = bytes.maketrans(b"-_", b"+/")
 _HEADER = re.compile(r"data:([^,;]*)((?:;[^,;]*)*?);base64,", re.IGNORECASE)
 _HEADER_LENGTH = 1024
+_AT_ONCE = 4  # files and hosts
 
 
 class Access:
@@ -30,6 +32,8 @@ class Access:
 
     def __init__(self, settings: Settings):
         self._most = settings.limits.max_bytes
+        # Hosts may be slow. Nobody else's work should wait for them.
+        self._threads = ThreadPoolExecutor(_AT_ONCE, "siglance-files")
         files, hosts = FileReader(settings.allow_dirs, self._most), HostReader(settings.allow_hosts, self._most)
         self._readers: dict[str, Callable[[urllib.parse.SplitResult, str], bytes]] = {
             "file": files.read,
@@ -75,7 +79,7 @@ class Access:
             raise Failure(
                 400, f"{place}: URIs of the kind {parts.scheme[:20]!r} are not read, only {known}", field=place
             )
-        return await asyncio.to_thread(reader, parts, place)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, reader, parts, place)
 
 
 def _decoded(text: str) -> Iterator[bytes]:
