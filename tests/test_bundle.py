@@ -68,6 +68,7 @@ def test_writing_and_reading_is_the_identity(original):
         (lambda values: values["image"].update(default_budget=71), "image.default_budget"),
         (lambda values: values.update(target="tpu"), "target"),
         (lambda values: values["files"].pop("decoder"), "files"),
+        (lambda values: values["files"].pop("vision"), "vision"),  # it says that it sees (case 73)
         (lambda values: values.update(modalities=["text"]), "image"),
         (lambda values: values["image"].update(policy="squash"), "image:squash"),
         (lambda values: values["files"].update(chat_templat=values["files"].pop("chat_template")), "chat_templat"),

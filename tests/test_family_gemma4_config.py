@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from siglance.engine import Bundle, Engine
 from siglance.engine.errors import ExportError
 from siglance.export.exporter import export
 from siglance.export.families import find_family
 from siglance.export.official import OFFICIAL
 
-from . import tiny_gemma4_large
+from . import tiny, tiny_gemma4_large
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 
@@ -182,6 +183,27 @@ def test_a_processor_that_cuts_other_patches_is_refused(tmp_path):
     (folder / "processor_config.json").write_text(json.dumps(processor))
     with pytest.raises(ExportError, match="patch_size = 14"):
         export(folder, tmp_path / "bundle")
+
+
+def test_budgets_are_those_of_the_processor(tmp_path):
+    """Cases 8 and 47: a default is read and not known by heart, and has to be one that the tower is made for."""
+    folder = tmp_path / "checkpoint"
+    tiny.write_gemma4(folder)
+    path = folder / "processor_config.json"
+    facts = json.loads(path.read_text())
+    for default in (280, 560):
+        facts["image_processor"] = facts.get("image_processor", {}) | {"max_soft_tokens": default}
+        path.write_text(json.dumps(facts))
+        export(folder, tmp_path / str(default))
+        image = Bundle.open(tmp_path / str(default)).manifest.image
+        assert (image.default_budget, image.budgets) == (default, (70, 140, 280, 560, 1120))
+        with Engine.open(tmp_path / str(default), threads=1) as engine:
+            counts = engine.count_tokens([np.zeros((512, 512, 3), np.uint8), "what?"])
+        assert counts["image"] == {280: 256, 560: 529}[default]
+    facts["image_processor"]["max_soft_tokens"] = 300
+    path.write_text(json.dumps(facts))
+    with pytest.raises(ExportError, match="max_soft_tokens 300 is not one of the budgets"):
+        export(folder, tmp_path / "300")
 
 
 @pytest.mark.parametrize(
