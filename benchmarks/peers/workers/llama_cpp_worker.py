@@ -38,18 +38,29 @@ class LlamaCpp:
         return self._decode([token])
 
     def rows(self, ids: list[int], first: int) -> np.ndarray:
-        self.prefill(ids[:first])
-        return np.stack([self._decode([id]).copy() for id in ids[first:]])
+        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self._context), True)
+        batch = llama_cpp.llama_batch_init(len(ids), 0, 1)
+        batch.n_tokens = len(ids)
+        for place, id in enumerate(ids):
+            batch.token[place], batch.pos[place], batch.logits[place] = id, place, place >= first
+            batch.n_seq_id[place], batch.seq_id[place][0] = 1, 0
+        self._check(llama_cpp.llama_decode(self._context, batch))
+        llama_cpp.llama_batch_free(batch)
+        return np.stack([self._logits(place) for place in range(first, len(ids))])
 
     def _decode(self, ids: list[int]) -> np.ndarray:
         array = (llama_cpp.llama_token * len(ids))(*ids)
-        status = llama_cpp.llama_decode(self._context, llama_cpp.llama_batch_get_one(array, len(ids)))
+        self._check(llama_cpp.llama_decode(self._context, llama_cpp.llama_batch_get_one(array, len(ids))))
+        return self._logits(-1)
+
+    def _logits(self, place: int) -> np.ndarray:
+        found = llama_cpp.llama_get_logits_ith(self._context, place)
+        return np.ctypeslib.as_array(ctypes.cast(found, ctypes.POINTER(ctypes.c_float)), shape=(self._width,))
+
+    @staticmethod
+    def _check(status: int) -> None:
         if status:
             raise SystemExit(f"llama_decode gave {status}")
-        return np.ctypeslib.as_array(
-            ctypes.cast(llama_cpp.llama_get_logits_ith(self._context, -1), ctypes.POINTER(ctypes.c_float)),
-            shape=(self._width,),
-        )
 
 
 def load(facts: dict[str, Any]) -> tuple[LlamaCpp, dict[str, str]]:

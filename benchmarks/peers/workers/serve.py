@@ -6,6 +6,7 @@ answers; whatever a library prints goes to standard error.
     {"do": "run", "ids": [...], "steps": n}  -> {"prefill": seconds, "steps": [seconds, ...], "tokens": [...]}
     {"do": "score", "chunks": [[...], ...]}  -> {"losses": [...]}      rows 256 to 510 of each chunk of 512 ids
     {"do": "memory"}                         -> {"resident_mb": f, "peak_mb": f}
+    {"do": "see"}                            -> {"seconds": f, "soft_tokens": n}   vision towers
 """
 
 from __future__ import annotations
@@ -39,7 +40,15 @@ class Model(Protocol):
         ...
 
 
-def serve(load: Callable[[dict[str, Any]], tuple[Model, dict[str, str]]]) -> None:
+class Tower(Protocol):
+    """A loaded vision tower with a picture that is ready for it."""
+
+    def see(self) -> np.ndarray:
+        """The features of the picture, float32 [soft tokens, width]."""
+        ...
+
+
+def serve(load: Callable[[dict[str, Any]], tuple[Any, dict[str, str]]]) -> None:
     """Load as the first argument of the program says, then answer until the input ends."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
@@ -48,7 +57,7 @@ def serve(load: Callable[[dict[str, Any]], tuple[Model, dict[str, str]]]) -> Non
     print(json.dumps({"load_seconds": time.perf_counter() - begin, "versions": versions}), file=answers)
     for line in sys.stdin:
         question = json.loads(line)
-        answer = {"run": _run, "score": _score, "memory": _memory}[question.pop("do")](model, **question)
+        answer = {"run": _run, "score": _score, "memory": _memory, "see": _see}[question.pop("do")](model, **question)
         print(json.dumps(answer), file=answers)
 
 
@@ -74,6 +83,15 @@ def _score(model: Model, chunks: list[list[int]]) -> dict[str, Any]:
         total = np.log(np.exp(logits - largest).sum(-1)) + largest[:, 0]
         losses += (total - logits[np.arange(len(logits)), chunk[FIRST_SCORED + 1 :]]).tolist()
     return {"losses": losses}
+
+
+def _see(model: Tower) -> dict[str, Any]:
+    begin = time.perf_counter()
+    features = model.see()
+    seconds = time.perf_counter() - begin
+    if not np.isfinite(features).all():
+        raise SystemExit("features that are not finite")
+    return {"seconds": seconds, "soft_tokens": len(features)}
 
 
 def _memory(model: Model) -> dict[str, float]:
