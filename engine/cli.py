@@ -297,7 +297,9 @@ def serve(
     feature_cache: FeatureCacheOption = None,
     limit: LimitOption = None,
     device: DeviceOption = "auto",
-    log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Let the log repeat what was asked.")] = False,
+    log_prompts: Annotated[
+        bool, typer.Option("--log-prompts", help="Write what is asked and answered into the log.")
+    ] = False,
 ) -> None:
     """Answer over HTTP in the protocols of Gemini, OpenAI and NVIDIA NIM."""
     try:

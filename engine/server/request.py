@@ -8,6 +8,7 @@ from typing import Any
 from ..engine import DEFAULT_MAX_TOKENS
 from ..grammar import Grammar
 from ..parts import Turn
+from ..prompt import Text
 from ..sampling import Sampling
 from ..tools import ToolLike
 
@@ -32,6 +33,16 @@ class Request:
     logprobs: int | None = None
     tools: tuple[ToolLike, ...] = ()
     thinking: bool = False
+
+    def spoken(self) -> str:
+        """What is asked, in one line for the log: texts as they are, everything else by its kind."""
+        turns = [Turn("system", Text(self.system))] if self.system is not None else []
+        said = []
+        for turn in (*turns, *self.conversation):
+            parts = turn.parts if isinstance(turn.parts, list | tuple) else (turn.parts,)
+            words = (repr(part.text) if isinstance(part, Text) else f"<{type(part).__name__}>" for part in parts)
+            said.append(f"{turn.role}: {' '.join(words)}")
+        return ", ".join(said)
 
     def prompt_arguments(self) -> dict[str, Any]:
         """The arguments of `Engine.count_tokens`."""

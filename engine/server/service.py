@@ -173,6 +173,8 @@ class Service:
         """The pieces of a reply."""
         desk, arrived, first = self._desks[model.name], perf_counter(), True
         cancel = threading.Event()
+        if self.settings.log_prompts:
+            _log.info("%s is asked: %s", model.name, request.spoken())
 
         def answer(tell: _Tell) -> None:
             desk.weights.check()
@@ -186,6 +188,8 @@ class Service:
                     first = False
                 if chunk.reply is not None:
                     self.metrics.finished(model.name, chunk.reply)
+                    if self.settings.log_prompts:
+                        _log.info("%s answers: %r", model.name, [each.text for each in chunk.reply.candidates])
                     yield chunk
                     return
                 yield chunk

@@ -23,7 +23,7 @@ class Settings:
         allow_hosts: hosts that a request may name ("http:" and "https:" URIs): NAME or NAME:PORT.
         body_bytes: most bytes of a request's body.
         limits: of the pictures and documents in a request.
-        log_prompts: whether the log may hold what was asked and answered.
+        log_prompts: whether the log holds what was asked and answered.
     """
 
     host: str = "127.0.0.1"

@@ -439,9 +439,20 @@ def test_unexpected_errors_are_logged_without_what_was_asked(running, caplog, de
     assert "SECRET" not in log
     assert "prompt" not in log
     assert "my-key" not in log
-    with serving(demo, Settings(log_prompts=True), makers=[toy]) as server, caplog.at_level(logging.INFO):
-        server.post("/toy", {"fail": "SECRET"})
-        until(lambda: "SECRET" in caplog.text)
+
+
+def test_what_was_asked_is_logged_on_request(running, caplog, demo):
+    body = {"text": "a question\nof two lines", "image": as_base64(encoded_picture(3))}
+    with caplog.at_level(logging.INFO, "siglance.server"):
+        answer = running.post("/toy", body).json()["text"]
+        assert "question" not in caplog.text
+        with serving(demo, Settings(log_prompts=True), makers=[toy]) as server:
+            assert server.post("/toy", body).json()["text"] == answer
+            server.post("/toy", {"fail": "SECRET"})
+            until(lambda: "SECRET" in caplog.text)
+    log = [record.getMessage() for record in caplog.records]
+    assert "demo is asked: user: <Image> 'a question\\nof two lines'" in log
+    assert f"demo answers: {[answer]!r}" in log
 
 
 def test_one_line_of_log_for_each_request(running, caplog):
