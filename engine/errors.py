@@ -87,14 +87,17 @@ class GrammarError(InputError):
 class ContextFull(InputError):
     """The prompt does not fit the context of the model."""
 
-    def __init__(self, prompt_tokens: int, context: int):
-        super().__init__(f"the prompt has {prompt_tokens} tokens, the context of this bundle holds {context}")
+    def __init__(self, prompt_tokens: int, context: int, at_least: bool = False):
+        """`at_least` says that the tokens have not been counted, because no count of them could fit."""
+        number = f"at least {prompt_tokens}" if at_least else prompt_tokens
+        super().__init__(f"the prompt has {number} tokens, the context of this bundle holds {context}")
         self.prompt_tokens = prompt_tokens
         self.context = context
+        self.at_least = at_least
 
     def __reduce__(self):
         """Errors cross process boundaries pickled, and the default would call the class with the message."""
-        return type(self), (self.prompt_tokens, self.context)
+        return type(self), (self.prompt_tokens, self.context, self.at_least)
 
 
 class DeviceError(SiglanceError):

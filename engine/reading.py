@@ -22,7 +22,7 @@ from .manifest import Manifest
 from .media import PictureSource, interleaved, is_moving, part_name, read_media, read_video
 from .parts import Audio, Conversation, Image, Pdf, Video, Words, turns_of
 from .pictures import PreparedPicture, assign_spans, lay_out
-from .prompt import Message, Prompt, PromptBuilder, Text, sole_turn
+from .prompt import Message, Prompt, PromptBuilder, Text, Thought, sole_turn
 from .reply import EncodedImage, EncodedSound, EncodedVideo, StageClock
 from .sounds import PreparedSound, longest_clip, prepare
 from .sources import FileSource
@@ -30,6 +30,8 @@ from .template import ChatTemplate
 from .tools import ToolLike, read_tools
 
 __all__ = ["Layout", "Prepared", "ReadTurn", "Reader", "count_by_modality", "text_ids", "tower_identity"]
+
+_SOON_TOKENISED = 1_000_000  # characters: one to four seconds
 
 Prepared = PreparedPicture | PreparedSound
 ReadPart = Words | Prepared
@@ -57,6 +59,7 @@ class Reader:
     def __init__(self, bundle: Bundle, tokenizer: Tokenizer, limits: Limits):
         self._manifest = bundle.manifest
         self._limits = limits
+        self._tokenizer = tokenizer
         template = _load_template(bundle)
         crops = None if self._manifest.image is None else self._manifest.image.pan_and_scan
         self._prompts = PromptBuilder(tokenizer, self._manifest.prompt, template, crops, self._manifest.reply)
@@ -102,6 +105,7 @@ class Reader:
             Message(role, [part.medium if isinstance(part, Prepared) else part for part in parts])
             for role, parts in turns
         ]
+        self._check_length(messages)
         if layout.prompt_ids is not None:
             prompt = self._from_ids(layout.prompt_ids, messages, media)
         elif raw:
@@ -208,6 +212,15 @@ class Reader:
                 name=part_name("audio", number, part.source),
             )
             return prepare(sound, facts)
+
+    def _check_length(self, messages: Sequence[Message]) -> None:
+        """Refuse texts that cannot fit whatever their tokens are: those of 100 MB take minutes and gigabytes."""
+        texts = (part.text for message in messages for part in message.parts if isinstance(part, Text | Thought))
+        characters = sum(len(text) for text in texts if isinstance(text, str))
+        if characters > _SOON_TOKENISED:
+            longest = max(map(len, self._tokenizer.get_vocab()))
+            if characters > longest * self._manifest.context:
+                raise ContextFull(-(-characters // longest), self._manifest.context, at_least=True)
 
     def _from_ids(self, ids: Sequence[int], messages: list[Message], media: list[Prepared]) -> Prompt:
         texts = [part.text for message in messages for part in message.parts if isinstance(part, Text)]

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image as PillowImage
 from tokenizers import Tokenizer
 
-from siglance.engine import Engine, Sampling, SiglanceError
+from siglance.engine import Engine, Sampling, SiglanceError, Text
 from siglance.engine.errors import ContextFull, InputError, PromptError, SamplingError
 from siglance.export.exporter import export
 from siglance.export.families import ExportOptions
@@ -303,9 +303,27 @@ def test_a_prompt_over_the_context_can_be_counted(short):
     assert short.count_tokens("!" * 499, raw=True)["total"] == 500
 
 
-def test_context_full_crosses_process_boundaries():
-    error = pickle.loads(pickle.dumps(ContextFull(65, 64)))
-    assert (str(error), error.prompt_tokens, error.context) == (str(ContextFull(65, 64)), 65, 64)
+def test_a_text_that_no_tokens_could_make_fit_is_not_tokenised(short, monkeypatch):
+    """100 MB of text would take minutes and gigabytes only to be refused."""
+
+    class NoEncode:
+        def get_vocab(self):
+            return short._tokenizer.get_vocab()
+
+    monkeypatch.setattr(short._reader, "_tokenizer", NoEncode())
+    monkeypatch.setattr(short._reader, "_prompts", None)
+    longest = max(map(len, short._tokenizer.get_vocab()))
+    characters = 1_000_000 + longest
+    for ask in (short.generate, short.count_tokens):
+        with pytest.raises(ContextFull, match=r"at least \d+ tokens.*holds 64") as error:
+            ask([Text("a" * 1_000_000), Text("b" * longest)], raw=True)
+        assert error.value.prompt_tokens == -(-characters // longest)
+
+
+@pytest.mark.parametrize("at_least", [False, True])
+def test_context_full_crosses_process_boundaries(at_least):
+    error = pickle.loads(pickle.dumps(ContextFull(65, 64, at_least)))
+    assert (str(error), error.prompt_tokens, error.context) == (str(ContextFull(65, 64, at_least)), 65, 64)
 
 
 def test_an_image_is_never_cut(engine, words):
