@@ -41,7 +41,7 @@ class DecoderInputs:
 
     embeddings: ir.Value  # float32 [1, S, D]
     lengths: ir.Value  # int32 [1]: number of tokens after this chunk, minus one
-    total: ir.Value  # int32 []: number of tokens after this chunk
+    total: ir.Value  # int32 [], on the host: number of tokens after this chunk, or more (at most the capacity)
     rows: ir.Value  # int64 [k]: rows of the chunk whose logits are wanted
     block_ends: ir.Value | None  # int64 [S]: where the block of a row ends (absolute, exclusive), 0 outside of blocks
 
@@ -57,6 +57,19 @@ def decoder_inputs(graph: GraphBuilder, hidden: int, *, blocks: bool = False) ->
     )
 
 
+def _row_positions(graph: GraphBuilder, inputs: DecoderInputs) -> ir.Value:
+    """Positions of the rows of the chunk in the sequence, int64 [S].
+
+    They come from the lengths alone. On a GPU those are device memory that may change under a captured graph, while
+    what lies on the host (`total`, shapes) is frozen at capture; and no node here mixes the two, which would cost a
+    copy and forbid capture.
+    """
+    tokens = graph.op("Squeeze", graph.op("Shape", inputs.embeddings, start=1, end=2))
+    one, back = (graph.constant(np.array(value, np.int64), name) for value, name in ((1, "one"), (-1, "back")))
+    behind = graph.op("Range", graph.op("Sub", tokens, one), back, back, name="rows_behind")  # S - 1 .. 0
+    return graph.op("Sub", graph.op("Cast", inputs.lengths, to=int(INT64)), behind, name="row_positions")
+
+
 def block_bias(
     graph: GraphBuilder, inputs: DecoderInputs, *, window: int | None = None, inside_window: bool = True
 ) -> ir.Value:
@@ -68,14 +81,11 @@ def block_bias(
     """
     assert inputs.block_ends is not None
     with graph.scope("mask.global" if window is None else "mask.window"):
-        zero, one, axis = (
-            graph.constant(np.array(value, np.int64), name) for value, name in ((0, "zero"), (1, "one"), ([1], "axis"))
-        )
-        total = graph.op("Cast", inputs.total, to=int(INT64))
-        columns = graph.op("Range", zero, total, one, name="columns")
-        tokens = graph.op("Squeeze", graph.op("Shape", inputs.embeddings, start=1, end=2))
-        rows = graph.op("Range", graph.op("Sub", total, tokens), total, one, name="rows")
-        rows = graph.op("Unsqueeze", rows, axis)
+        axis = graph.constant(np.array([1], np.int64), "axis")
+        # `total` is read where it lies, on the host. It may be an upper bound: `_row_positions` do not come from it.
+        start, step = (graph.constant(np.array(value, np.int32), name) for value, name in ((0, "start"), (1, "step")))
+        columns = graph.op("Cast", graph.op("Range", start, inputs.total, step), to=int(INT64), name="columns")
+        rows = graph.op("Unsqueeze", _row_positions(graph, inputs), axis, name="rows")
         seen = graph.op("LessOrEqual", columns, rows, name="causal")
         in_block = graph.op("Less", columns, graph.op("Unsqueeze", inputs.block_ends, axis), name="in_block")
         if window is None:
@@ -216,16 +226,12 @@ class SharedRows:
 
 def shared_rows(graph: GraphBuilder, inputs: DecoderInputs, window: int | None) -> SharedRows:
     """Positions and visible lengths of the logit rows for layers that own no keys and values."""
-    tokens = graph.op("Shape", inputs.embeddings, start=1, end=2)
-    total = graph.op("Cast", inputs.total, to=int(INT64))
-    positions = graph.op("Add", inputs.rows, graph.op("Sub", total, tokens), name="positions")
+    positions = graph.op("Gather", _row_positions(graph, inputs), inputs.rows, name="positions")
     positions = graph.op("Unsqueeze", positions, graph.constant(np.array([0], np.int64), "axis"))
     if window is None:
         return SharedRows(positions, inputs.total, inputs.lengths)
     # A window buffer of capacity W holds exactly the min(T, W) latest positions, in order from row 0.
-    window_total = graph.op(
-        "Min", inputs.total, graph.constant(np.array(window, np.int32), "window"), name="window_total"
-    )
+    window_total = graph.constant(np.array(window, np.int32), "window_total")  # the lengths say how many rows are used
     last = graph.constant(np.array(window - 1, np.int32), "window_last")
     window_lengths = graph.op("Min", inputs.lengths, last, name="window_lengths")
     return SharedRows(positions, inputs.total, inputs.lengths, window_total, window_lengths)

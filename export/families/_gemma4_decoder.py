@@ -22,7 +22,9 @@ from ._gemma4_experts import routed_experts
 
 __all__ = ["build_decoder", "build_embed", "layer_name"]
 
-WINDOW_SLACK = 16  # rows above the window: the operator compacts the buffer once in so many steps instead of every step
+# Rows above the window: on the CPU the operator compacts the buffer once in so many steps instead of every step.
+# On a GPU it takes a buffer of exactly the window.
+WINDOW_SLACK = 16
 
 Pair = tuple[ir.Value, ir.Value]
 
@@ -151,7 +153,7 @@ def _own_attention(
     if windowed and bias is None:
         window = text.window
         # A buffer that others read must hold exactly the window: they see it as a plain past.
-        capacity = window if _is_shared(text, layer) else window + WINDOW_SLACK
+        capacity = window if graph.plan.half or _is_shared(text, layer) else window + WINDOW_SLACK
     state = blocks.key_value_state(graph, layer, count, size, window, capacity)
     mask = bias if windowed else None
     mixed, present_key, present_value = blocks.attention(graph, query, key, value, state, inputs, heads, bias=mask)

@@ -24,7 +24,9 @@ from ..checkpoint import Checkpoint, Weights
 from . import ConfigReader, ExportOptions, Facts, Family, GraphFunction, full_state_note
 from ._siglip import PREFIXES, SiglipConfig, features, image_facts, placeholders_as_padding, read_siglip
 
-WINDOW_SLACK = 16  # rows above the window: the operator compacts the buffer once in so many steps instead of every step
+# Rows above the window: on the CPU the operator compacts the buffer once in so many steps instead of every step.
+# On a GPU it takes a buffer of exactly the window.
+WINDOW_SLACK = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,7 +256,8 @@ def _attention(
         graph, key, config.key_value_heads, size, _norm(graph, weights, f"{prefix}.k_norm", size), "k_norm"
     )
     has_window = config.windowed[layer] and mask is None
-    window, capacity = (config.window, config.window + WINDOW_SLACK) if has_window else (None, "capacity")
+    slack = 0 if graph.plan.half else WINDOW_SLACK
+    window, capacity = (config.window, config.window + slack) if has_window else (None, "capacity")
     state = blocks.key_value_state(graph, layer, config.key_value_heads, size, window, capacity)
     facts = blocks.Attention(config.heads, config.key_value_heads, size, config.scale, *tables)
     mixed, _, _ = blocks.attention(graph, query, key, value, state, inputs, facts, bias=mask)
