@@ -22,6 +22,9 @@ __all__ = ["Access"]
 
 _PIECE = 2**18  # characters, of which base64 makes whole bytes
 _URL_SAFE = bytes.maketrans(b"-_", b"+/")
+_WHITE_SPACE = " \n\r\t"  # base64 of mail and of shells comes in lines
+# What of base64 a URI may have escaped: not unquoted as a whole, which takes 60 bytes of memory for each escape.
+_ESCAPES = {"%2B": "+", "%2b": "+", "%2F": "/", "%2f": "/", "%3D": "=", "%3d": "=", "%0A": "", "%0D": "", "%20": ""}
 _HEADER = re.compile(r"data:([^,;]*)((?:;[^,;]*)*?);base64,", re.IGNORECASE)
 _HEADER_LENGTH = 1024
 _AT_ONCE = 4  # files and hosts
@@ -42,7 +45,9 @@ class Access:
         }
 
     def base64(self, text: str, place: str) -> bytes:
-        """The bytes of base64 text, in the standard or the URL-safe alphabet. Raises Failure."""
+        """The bytes of base64 text, in the standard or the URL-safe alphabet, in lines or not. Raises Failure."""
+        for white in _WHITE_SPACE:
+            text = text.replace(white, "")
         if len(text) * 3 // 4 > self._most + 2:
             raise Failure(400, f"{place} is over the limit of {self._most} bytes", field=place)
         try:
@@ -60,12 +65,15 @@ class Access:
         header = _HEADER.match(text, 0, _HEADER_LENGTH)
         if header is None:
             raise Failure(400, f"{place} is not a data URI in base64 (data:image/png;base64,...)", field=place)
-        return self.base64(text[header.end() :], place)
+        payload = text[header.end() :]
+        for escape, character in _ESCAPES.items() if "%" in payload else ():
+            payload = payload.replace(escape, character)
+        return self.base64(payload, place)
 
     async def read(self, uri: str, place: str) -> bytes:
         """The bytes of a file that a "file:", "http:" or "https:" URI names. Raises Failure, mostly 403."""
-        if uri[:5].lower() == "data:":
-            return await asyncio.to_thread(self.data_uri, uri, place)
+        if uri[:20].lstrip(_WHITE_SPACE)[:5].lower() == "data:":
+            return await asyncio.to_thread(self.data_uri, uri.lstrip(_WHITE_SPACE), place)
         if len(uri) > 8192 or not uri.isascii() or not uri.isprintable() or " " in uri:
             raise Failure(400, f"{place} is not a URI", field=place)
         try:

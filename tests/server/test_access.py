@@ -48,15 +48,16 @@ def read(reader: Access, uri: str) -> bytes:
 # --- data
 
 
-@given(st.binary(min_size=1, max_size=400), st.booleans(), st.booleans())
-def test_base64_of_either_alphabet_with_and_without_padding(data, url_safe, padded):
+@given(st.binary(min_size=1, max_size=400), st.booleans(), st.booleans(), st.sampled_from(["", "\n", "\r\n", " "]))
+def test_base64_of_either_alphabet_with_and_without_padding_and_lines(data, url_safe, padded, end):
+    """Case 52."""
     text = (base64.urlsafe_b64encode if url_safe else base64.b64encode)(data).decode()
-    assert access().base64(text if padded else text.rstrip("="), "part") == data
+    text = text if padded else text.rstrip("=")
+    lines = [text[start : start + 76] for start in range(0, len(text), 76)]
+    assert access().base64(end.join([*lines, ""]), "part") == data
 
 
-@pytest.mark.parametrize(
-    "text", ["A", "A===", "AB=C", "AAAA=", "AAA===", "AA AA", "AAAA\n", "AAA*", "AAAÄ", "AAAA====", "=AAA"]
-)
+@pytest.mark.parametrize("text", ["A", "A===", "AB=C", "AAAA=", "AAA===", "A \n", "AAA*", "AAAÄ", "AAAA====", "=AAA"])
 def test_what_is_no_base64(text):
     assert refused(access().base64, text, "part").message == "part is not base64"
 
@@ -82,11 +83,15 @@ def test_empty_and_too_large_data():
         "DATA:image/png;BASE64,aGk",
         "data:;base64,aGk=",
         "data:audio/pcm;rate=16000;base64,aGk=",
+        "data:image/png;base64, aG\nk=\r\n",
+        "data:image/png;base64,aGk%3D",
+        "data:image/png;base64,aGk%3d%0D%0A",
     ],
 )
 def test_data_uris(uri):
     assert access().data_uri(uri, "part") == b"hi"
     assert read(access(), uri) == b"hi"
+    assert read(access(), f" {uri}") == b"hi"
 
 
 @pytest.mark.parametrize(

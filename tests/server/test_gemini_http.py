@@ -384,11 +384,12 @@ def test_safety_is_reported_once(server):
 
 
 def test_the_context_is_full(server, demo):
-    """A prompt that does not fit is refused; a reply that does not is cut, and says why."""
+    """A prompt that does not fit is refused, but counted; a reply that does not is cut, and says why."""
     long = {"contents": [{"parts": [{"text": "describe " * 3000}]}]}
-    for verb in ("generateContent", "countTokens"):
-        error = error_of(server.post(f"{BETA}:{verb}", long), 400)
-        assert "the context of this bundle holds 2048" in error["message"]
+    error = error_of(server.post(f"{BETA}:generateContent", long), 400)
+    assert "the context of this bundle holds 2048" in error["message"]
+    total = server.post(f"{BETA}:countTokens", long).json()["totalTokens"]
+    assert f"has {total} tokens" in error["message"]
     double, _ = scripted(demo, ids_of(demo, "a"))
     with serving(double) as talking:
         body = DESCRIBE | {"generationConfig": {"maxOutputTokens": 10_000}}
