@@ -64,7 +64,7 @@ def _aspect_patches(height: int, width: int, facts: ImageFacts, budget: int | No
     budget = facts.default_budget if budget is None else budget
     if not _is_among(budget, facts.budgets):
         allowed = ", ".join(map(str, facts.budgets))
-        raise ImageError(f"an image budget of {budget} soft tokens is not possible, this bundle allows {allowed}")
+        raise ImageError(f"an image budget of {budget!r} soft tokens is not possible, this bundle allows {allowed}")
     try:
         new_height, new_width = geometry.aspect_patches_size(
             height, width, patch_size=facts.patch_size, pool_size=facts.pool_size, budget=budget
@@ -82,7 +82,7 @@ def _squash(height: int, width: int, facts: ImageFacts, budget: int | None) -> L
     [only] = facts.budgets
     if budget is not None and not _is_among(budget, facts.budgets):
         raise ImageError(
-            f"an image budget of {budget} soft tokens is not possible, this bundle has one image size of {only}"
+            f"an image budget of {budget!r} soft tokens is not possible, this bundle has one image size of {only}"
         )
     if height < 1 or width < 1:
         raise ImageError(f"{width}x{height} pixels: both sides must be at least 1")

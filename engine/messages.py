@@ -289,7 +289,8 @@ def checked_parts(parts: Any, facts: PromptFacts, pan_and_scan: PanAndScanFacts 
                     f"{place}: this model takes no such crops of an image: {list(part.crops)} soft tokens"
                 )
         elif not isinstance(part, (ToolCall, ToolResult)):
-            raise PromptError(f"{place}: expected Text or Media, not {type(part).__name__}")
+            holds = f" of {type(part.text).__name__}" if isinstance(part, (Text, Thought)) else ""
+            raise PromptError(f"{place}: expected Text or Media, not {type(part).__name__}{holds}")
     return list(parts)
 
 

@@ -276,7 +276,7 @@ def test_case_23_system_text_in_front_of_an_image():
         ([Message("user", [])], "message 0: a user message needs text or a medium"),
         ([Message("user", None)], "message 0: the content is NoneType"),  # type: ignore[arg-type]
         ([Message("user", [{"type": "text"}])], "message 0, part 0: expected Text or Media, not dict"),  # type: ignore
-        ([Message("user", [Text(None)])], "message 0, part 0: expected Text or Media"),  # type: ignore[arg-type]
+        ([Message("user", [Text(None)])], "message 0, part 0: expected Text or Media, not Text of NoneType"),  # type: ignore[arg-type]
         ([Message("function", "x")], "message 0: unknown role 'function'"),
         ([user("ok \ud800")], "message 0, part 0: not valid Unicode at character 3"),
         ([user("a", image(0))], "message 0, part 1: an image needs at least 1 soft token"),
