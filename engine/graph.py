@@ -19,6 +19,7 @@ from .processes import kept_by_forks, thread_count, usable_cores
 __all__ = [
     "Device",
     "Graph",
+    "IOBinding",
     "TensorFacts",
     "available_devices",
     "resolve_device",
@@ -26,6 +27,8 @@ __all__ = [
     "usable_cores",
     "versions",
 ]
+
+IOBinding = onnxruntime.IOBinding
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _DTYPES: dict[str, type[np.generic]] = {
@@ -139,11 +142,11 @@ class Graph:
             raise ModelOutputError(f"graph {self.name!r} failed: {_first_line(error)}") from error
         return dict(zip(self.outputs, values, strict=True))
 
-    def bind(self) -> onnxruntime.IOBinding:
+    def bind(self) -> IOBinding:
         """A fresh binding of inputs and outputs to memory, for `run_bound`."""
         return self._session.io_binding()
 
-    def run_bound(self, binding: onnxruntime.IOBinding) -> None:
+    def run_bound(self, binding: IOBinding) -> None:
         try:
             self._session.run_with_iobinding(binding)
         except Exception as error:

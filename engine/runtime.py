@@ -8,23 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from threading import Lock
 
 import numpy as np
 
 from .bundle import Bundle
-from .errors import BundleError, InputError, ModelOutputError, PromptError
-from .graph import Device, Graph, TensorFacts, resolve_device, tensor
-from .manifest import ImageFacts
-from .state import DecoderState, Snapshot, check_state
+from .errors import InputError, ModelOutputError, PromptError
+from .graph import Device, Graph, IOBinding, resolve_device, tensor
+from .state import DecoderState, Snapshot
+from .wiring import BLOCK_ENDS, check_audio, check_wiring
 
 __all__ = ["PREFILL_CHUNK", "Runtime", "Session", "SoftTokens", "chunk_spans"]
 
 PREFILL_CHUNK = 512  # tokens of the prompt that run at once: bounds the memory of activations
-
-_MADE_BY_ENGINE = ("seqlens_k", "total_sequence_length", "logit_rows")
-_BLOCK_ENDS = "block_ends"
-# Mechanisms with which the decoder declares `block_ends`; without one of them attention is causal.
-_BLOCKS = frozenset({"attention:image_blocks", "attention:prefix"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,23 +55,35 @@ class Runtime:
     ):
         self.manifest = bundle.manifest
         self.device: Device = resolve_device(device, bundle.manifest.target, foreign=foreign)
-        graphs = {
-            # Looking up rows is no work for several threads, and idle ones would spin beside the decoder's.
-            name: Graph(bundle.path(name), self.device, threads=1 if name == "embed" else threads, prepack=prepack)
-            for name in ("embed", "decoder", *(("vision", "audio") if sees else ()))
-            if name in bundle.manifest.files
-        }
-        self.embed, self.decoder = graphs["embed"], graphs["decoder"]
-        self.vision, self.audio = graphs.get("vision"), graphs.get("audio")
-        self._check_wiring()
+
+        self._load = partial(_load, bundle, self.device, threads=threads, prepack=prepack)
+        self.embed, self.decoder = self._load("embed"), self._load("decoder")
+        self.vision = self._load("vision") if sees and "vision" in bundle.manifest.files else None
+        check_wiring(self.manifest, self.embed, self.decoder, self.vision)
+        self._hears = sees and "audio" in bundle.manifest.files
+        self._audio: Graph | None = None
+        self._audio_lock = Lock()
         self.hidden = int(self.embed.outputs["inputs_embeds"].shape[-1])
         self.vocabulary = int(self.decoder.outputs["logits"].shape[-1])
 
     @property
     def providers(self) -> dict[str, list[str]]:
-        """The execution providers each graph really runs on."""
-        graphs = {"vision": self.vision, "audio": self.audio, "embed": self.embed, "decoder": self.decoder}
+        """The execution providers that each graph loaded so far really runs on."""
+        graphs = {"vision": self.vision, "audio": self._audio, "embed": self.embed, "decoder": self.decoder}
         return {name: graph.providers for name, graph in graphs.items() if graph is not None}
+
+    @property
+    def audio(self) -> Graph | None:
+        """The graph of sounds, loaded when it is first asked for: most requests have none, and it is large.
+
+        Raises BundleError when it cannot be loaded or does not fit.
+        """
+        with self._audio_lock:
+            if self._audio is None and self._hears:
+                audio = self._load("audio")
+                check_audio(audio, self.embed.outputs["inputs_embeds"])
+                self._audio = audio
+            return self._audio
 
     def encode(self, patches: np.ndarray, positions: np.ndarray, soft_tokens: int) -> np.ndarray:
         """patches uint8 [n, 3 p p] and positions int64 [n, 2], block-major -> soft tokens float32 [soft_tokens, D]."""
@@ -84,40 +93,19 @@ class Runtime:
 
     def hear(self, waveform: np.ndarray, soft_tokens: int) -> np.ndarray:
         """waveform float32 [samples] in [-1, 1] at the rate of the manifest -> soft tokens float32 [soft_tokens, D]."""
-        if self.audio is None:
+        audio = self.audio
+        if audio is None:
             raise PromptError("this bundle has no audio input")
-        return hear(self.audio, waveform, soft_tokens, self.hidden)
+        return hear(audio, waveform, soft_tokens, self.hidden)
 
     def session(self) -> Session:
         """A new, empty sequence."""
         return Session(self)
 
-    def _check_wiring(self) -> None:
-        embed, decoder = self.embed, self.decoder
-        state_inputs = {pair.input for pair in self.manifest.state}
-        for graph, outputs in ((embed, ("inputs_embeds",)), (decoder, ("logits",))):
-            for name in outputs:
-                if name not in graph.outputs or not _has_width(graph.outputs[name]):
-                    raise BundleError(f"graph {graph.name!r} has no output {name!r} of known width")
-        check_state(decoder, self.manifest.state)
-        for name, facts in decoder.inputs.items():
-            if name in state_inputs or name in _MADE_BY_ENGINE or name == _BLOCK_ENDS:
-                continue
-            source = embed.outputs.get(name)
-            if source is None:
-                raise BundleError(f"decoder input {name!r} has no source: neither a graph nor the engine makes it")
-            if source.dtype != facts.dtype or source.shape[-1:] != facts.shape[-1:]:
-                raise BundleError(f"decoder input {name!r} is {facts}, the embed graph makes {source}")
-        missing = [name for name in _MADE_BY_ENGINE if name not in decoder.inputs]
-        if missing:
-            raise BundleError(f"the decoder graph does not declare {', '.join(missing)}")
-        _check_block_ends(decoder, self.manifest.requires)
-        if "input_ids" not in embed.inputs:
-            raise BundleError("the embed graph has no input 'input_ids'")
-        if self.vision is not None and self.manifest.image is not None:
-            _check_vision(self.vision, self.manifest.image, embed.outputs["inputs_embeds"])
-        if self.audio is not None:
-            _check_audio(self.audio, embed.outputs["inputs_embeds"])
+
+def _load(bundle: Bundle, device: Device, name: str, *, threads: int | None, prepack: bool) -> Graph:
+    # Looking up rows is no work for several threads, and idle ones would spin beside the decoder's.
+    return Graph(bundle.path(name), device, threads=1 if name == "embed" else threads, prepack=prepack)
 
 
 def encode(vision: Graph, patches: np.ndarray, positions: np.ndarray, soft_tokens: int, hidden: int) -> np.ndarray:
@@ -141,49 +129,6 @@ def _checked(values: np.ndarray, name: str, shape: tuple[int, int]) -> np.ndarra
     return values
 
 
-def _has_width(facts: TensorFacts) -> bool:
-    return bool(facts.shape) and isinstance(facts.shape[-1], int)
-
-
-def _check_block_ends(decoder: Graph, requires: Sequence[str]) -> None:
-    """Raise BundleError unless the graph declares `block_ends` if, and only if, the manifest names what blocks are."""
-    facts = decoder.inputs.get(_BLOCK_ENDS)
-    if facts is None and not _BLOCKS.isdisjoint(requires):
-        raise BundleError(
-            f"the manifest requires {min(_BLOCKS.intersection(requires))!r}, but the decoder graph has no input "
-            f"{_BLOCK_ENDS!r}"
-        )
-    if facts is not None and _BLOCKS.isdisjoint(requires):
-        raise BundleError(
-            f"the decoder graph has the input {_BLOCK_ENDS!r}, but the manifest requires none of "
-            f"{', '.join(map(repr, sorted(_BLOCKS)))}"
-        )
-    if facts is not None and (facts.dtype is not np.int64 or len(facts.shape) != 1):
-        raise BundleError(f"decoder input {_BLOCK_ENDS!r} is {facts}, expected int64 [tokens]")
-
-
-def _check_vision(vision: Graph, image: ImageFacts, embeddings: TensorFacts) -> None:
-    """Raise BundleError unless the graph takes the patches that the manifest describes and fits the embeddings."""
-    patches, soft = vision.inputs.get("patches"), vision.outputs.get("soft_tokens")
-    if patches is None or "positions" not in vision.inputs:
-        raise BundleError("the vision graph does not declare 'patches' and 'positions'")
-    if patches.shape[-1:] != (3 * image.patch_size**2,):
-        raise BundleError(
-            f"the vision graph takes patches {patches}, the manifest says {image.patch_size} pixels a side"
-        )
-    if soft is None or soft.shape[-1:] != embeddings.shape[-1:]:
-        raise BundleError("the vision graph has no output 'soft_tokens' as wide as the embeddings")
-
-
-def _check_audio(audio: Graph, embeddings: TensorFacts) -> None:
-    """Raise BundleError unless the graph takes samples and fits the embeddings."""
-    waveform, soft = audio.inputs.get("waveform"), audio.outputs.get("soft_tokens")
-    if waveform is None or waveform.dtype is not np.float32 or len(waveform.shape) != 1:
-        raise BundleError(f"the audio graph takes 'waveform' {waveform}, expected float32 [samples]")
-    if soft is None or soft.shape[-1:] != embeddings.shape[-1:]:
-        raise BundleError("the audio graph has no output 'soft_tokens' as wide as the embeddings")
-
-
 class Session:
     """One sequence: feed token ids, get logits."""
 
@@ -191,8 +136,9 @@ class Session:
         self._runtime = runtime
         self._state = DecoderState(runtime.decoder, runtime.manifest.state, runtime.manifest.context)
         self._wires = [name for name in runtime.decoder.inputs if name in runtime.embed.outputs]
-        self._has_blocks = _BLOCK_ENDS in runtime.decoder.inputs
+        self._has_blocks = BLOCK_ENDS in runtime.decoder.inputs
         self._binding = runtime.decoder.bind()
+        self._one_token: _OneToken | None = None
 
     @property
     def length(self) -> int:
@@ -275,9 +221,19 @@ class Session:
     def extend(self, tokens: Sequence[int]) -> np.ndarray:
         """Append tokens of a reply in one run and return the logits that follow the last, float32 [V]."""
         self._state.reserve(len(tokens))
+        if len(tokens) == 1:
+            return self._append(tokens[0])
         ids = np.array(tokens, np.int64)
         last = np.array([len(ids) - 1], np.int64)
         return self._run(self._splice(ids, 0, ()), np.zeros(len(ids), np.int64), last)[0]
+
+    def _append(self, token: int) -> np.ndarray:
+        """Append one token for which the state has room."""
+        if self._one_token is None:
+            self._one_token = _OneToken(self._runtime, self._wires)
+        logits = np.empty((1, self._runtime.vocabulary), np.float32)
+        decoder = self._one_token.embed(token, self._state.length + 1)
+        return self._run_decoder(decoder, 1, logits)[0]
 
     def _blocks(self, length: int, soft: Sequence[SoftTokens]) -> list[_Block]:
         """The blocks of mutually visible rows in a prompt of `length` rows, as the bundle's mechanism defines them."""
@@ -316,16 +272,55 @@ class Session:
         binding.bind_cpu_input("total_sequence_length", np.array(total, np.int32))
         binding.bind_cpu_input("logit_rows", wanted)
         if self._has_blocks:
-            binding.bind_cpu_input(_BLOCK_ENDS, block_ends)
+            binding.bind_cpu_input(BLOCK_ENDS, block_ends)
+        return self._run_decoder(binding, len(block_ends), logits)
+
+    def _run_decoder(self, binding: IOBinding, tokens: int, logits: np.ndarray) -> np.ndarray:
+        """Run the decoder on the inputs that are bound, `tokens` of them; returns `logits`, filled."""
         self._state.bind(binding)
         binding.bind_ortvalue_output("logits", tensor(logits))
         try:
             self._runtime.decoder.run_bound(binding)
         except BaseException:
-            self._state.fail(len(block_ends))
+            self._state.fail(tokens)
             raise
-        self._state.advance(len(block_ends))
+        self._state.advance(tokens)
         return logits
+
+
+class _OneToken:
+    """The inputs of a run of one token. They are bound once, and only their numbers change from step to step."""
+
+    def __init__(self, runtime: Runtime, wires: Sequence[str]):
+        """`wires` are the outputs of the embed graph that the decoder reads."""
+        embed, decoder = runtime.embed, runtime.decoder
+        self._graph = embed
+        self._ids = np.zeros((1, 1), np.int64)
+        self._lengths, self._total = np.zeros(1, np.int32), np.zeros((), np.int32)
+        self._embed, self._decoder = embed.bind(), decoder.bind()
+        self._kept: list[np.ndarray] = []  # a binding does not keep the memory of its values alive
+        self._embed.bind_ortvalue_input("input_ids", tensor(self._ids))
+        for name, facts in embed.outputs.items():
+            row = self._keep(np.empty([size if isinstance(size, int) else 1 for size in facts.shape], facts.dtype))
+            self._embed.bind_ortvalue_output(name, tensor(row))
+            if name in wires:
+                self._decoder.bind_ortvalue_input(name, tensor(row))
+        made = {"seqlens_k": self._lengths, "total_sequence_length": self._total, "logit_rows": np.zeros(1, np.int64)}
+        if BLOCK_ENDS in decoder.inputs:
+            made[BLOCK_ENDS] = np.zeros(1, np.int64)
+        for name, array in made.items():
+            self._decoder.bind_ortvalue_input(name, tensor(self._keep(array)))
+
+    def embed(self, token: int, total: int) -> IOBinding:
+        """Look the token up; returns the binding of a decoder run after which the state holds `total` tokens."""
+        self._ids[0, 0] = token
+        self._lengths[0], self._total[()] = total - 1, total
+        self._graph.run_bound(self._embed)
+        return self._decoder
+
+    def _keep(self, array: np.ndarray) -> np.ndarray:
+        self._kept.append(array)
+        return array
 
 
 _Block = tuple[int, int]  # first row and the row after the last, counted from the start of the prompt

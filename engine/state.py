@@ -17,10 +17,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import onnxruntime
 
 from .errors import BundleError, ContextFull, ModelOutputError
-from .graph import Graph, tensor
+from .graph import Graph, IOBinding, tensor
 from .manifest import StatePair
 
 __all__ = ["FIRST_CAPACITY", "DecoderState", "Snapshot", "check_state"]
@@ -55,7 +54,7 @@ class DecoderState:
         self._facts = {pair.input: decoder.inputs[pair.input] for pair in pairs}
         self._capacity = min(FIRST_CAPACITY, context)
         self._buffers = {pair.input: self._allocate(pair) for pair in pairs}
-        self._bound_to: onnxruntime.IOBinding | None = None
+        self._bound_to: list[IOBinding] = []
         windows = [buffer.shape[2] for pair, buffer in self._items() if pair.kind == "window"]
         self._evicts_beyond = min(windows, default=context)
         self._shortest = 0
@@ -88,7 +87,7 @@ class DecoderState:
         while capacity < needed:
             capacity *= 2
         self._capacity = min(capacity, self.context)
-        self._bound_to = None
+        self._bound_to.clear()
         for pair in self._pairs:
             if pair.kind == "global":
                 grown = self._allocate(pair)
@@ -146,18 +145,18 @@ class DecoderState:
         """A state of its own with the same content."""
         twin = copy.copy(self)
         twin._buffers = {name: buffer.copy() for name, buffer in self._buffers.items()}
-        twin._bound_to = None
+        twin._bound_to = []
         return twin
 
-    def bind(self, binding: onnxruntime.IOBinding) -> None:
+    def bind(self, binding: IOBinding) -> None:
         """Bind every buffer as the past and the present of its layer, unless `binding` has these buffers already."""
-        if self._bound_to is binding:
+        if any(bound is binding for bound in self._bound_to):
             return
         for pair in self._pairs:
             value = tensor(self._buffers[pair.input])
             binding.bind_ortvalue_input(pair.input, value)
             binding.bind_ortvalue_output(pair.output, value)
-        self._bound_to = binding
+        self._bound_to.append(binding)
 
     def _items(self) -> list[tuple[StatePair, np.ndarray]]:
         return [(pair, self._buffers[pair.input]) for pair in self._pairs]
