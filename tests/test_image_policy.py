@@ -157,7 +157,7 @@ def test_a_squashed_picture_is_one_resize(facts):
 @pytest.mark.parametrize("budget", [70, 0, -256, 257, 256.0, "256"])
 def test_a_squash_bundle_has_one_size(budget):
     with pytest.raises(
-        ImageError, match=rf"{budget} soft tokens is not possible, this bundle has one image size of 256"
+        ImageError, match=rf"{budget!r} soft tokens is not possible, this bundle has one image size of 256"
     ):
         SQUASH.layout(100, 100, GEMMA3, budget)
 
