@@ -8,9 +8,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from siglance.engine.graph import Device, Graph
 from siglance.engine.image_policy import resize
 from siglance.engine.manifest import SamplingFacts
 from siglance.engine.sampling import Sampler, Sampling, resolve
+from siglance.export.builder import FLOAT, GraphBuilder, WeightsFile
 from siglance.kernels import logits as rows
 from siglance.kernels import reference, reference_sampling, topk
 from siglance.kernels.patches import patchify
@@ -37,6 +39,23 @@ def test_patchify_280_soft_tokens(benchmark, photo):
     expected = reference.patchify(pixels, 16)
     order = np.lexsort((patches.positions[:, 0], patches.positions[:, 1]))
     np.testing.assert_array_equal(patches.values[order], expected.values)
+
+
+def test_pool_2520_patches(benchmark, tmp_path):
+    """Blocks of 3 x 3 patches, contiguous in memory, to 280 means: how the vision graphs pool."""
+    width, pool = 768, 3
+    with WeightsFile(tmp_path / "weights.bin") as weights:
+        builder = GraphBuilder("pool", weights)
+        x = builder.input("x", FLOAT, ["patches", width])
+        shape = builder.constant(np.array([-1, pool**2, width], np.int64), "shape")
+        axis = builder.constant(np.array([1], np.int64), "axis")
+        pooled = builder.op("ReduceMean", builder.op("Reshape", x, shape), axis, keepdims=0)
+        builder.output(pooled, "y", FLOAT, ["soft_tokens", width])
+        builder.save(tmp_path / "pool.onnx", "benchmark")
+    positions = patchify(np.zeros((672, 960, 3), np.uint8), 16, pool).positions  # 42 x 60 patches
+    features = np.random.default_rng(0).normal(0, 1, (len(positions), width)).astype(np.float32)
+    found = benchmark(Graph(tmp_path / "pool.onnx", Device("cpu")).run, {"x": features})["y"]
+    np.testing.assert_allclose(found, reference.pool(features, positions, pool), atol=1e-5)
 
 
 PENALTIES = {"presence_penalty": 0.5, "frequency_penalty": 0.2, "repetition_penalty": 1.1}
