@@ -129,9 +129,13 @@ def test_the_table_says_the_same(facts, monkeypatch, capsys):
     assert f"{facts['decode']['tokens_per_second']:g}" in out
     assert f"{facts['peak_mb']:g} MB" in out
     assert facts["machine"]["cpu"] in out
+    assert "outside of kernels" in out
     assert "not measured" not in out
-    report.print_measured(facts | {"rates": None, "device": "cuda", "memory": None})
-    assert "limit of cuda is not measured" in capsys.readouterr().out
+    bare = facts["decode"] | {"outside_kernels": None}
+    report.print_measured(facts | {"rates": None, "device": "cuda", "memory": None, "decode": bare})
+    out = capsys.readouterr().out
+    assert "what cuda could do, and the time outside of its kernels, is not measured" in out
+    assert "outside of kernels" not in out
 
 
 def test_a_device_whose_limit_is_not_measured_has_none(demo, monkeypatch):
@@ -145,7 +149,7 @@ def test_a_device_whose_limit_is_not_measured_has_none(demo, monkeypatch):
     monkeypatch.setattr(measure, "Subject", Card)
     monkeypatch.setattr(measure, "measure_memory", lambda *_: None)
     found = report.measured_json(measure.measure(demo, Options(**QUICK), lambda stage: None))
-    assert found["rates"] is None
+    assert found["rates"] is found["decode"]["outside_kernels"] is None
     assert [found[stage]["percent_of_limit"] for stage in ("decode", "prefill", "vision")] == [None] * 3
     assert found["decode"]["tokens_per_second"] > 0
     assert found["peak_mb"] is None

@@ -53,12 +53,16 @@ class Limit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
-    """Everything that is known of one bundle. Limits are None on devices whose limits are not measured."""
+    """Everything that is known of one bundle.
+
+    Limits and overhead are None on devices where they are not measured: a GPU's kernels run beside the processor, and
+    what its profile shows is how long it took to start them.
+    """
 
     subject: Subject
     rounds: list[Round]
     requests: list[Request]
-    overhead: Overhead
+    overhead: Overhead | None
     memory: Memory | None
     costs: dict[str, Cost]  # "decode" (one step), "prefill" (the prompt), "vision" (a picture)
     limits: dict[str, Limit] | None
@@ -95,12 +99,12 @@ def measure(bundle: Bundle, options: Options, report: Report, clock: Clock = tim
         requests.append(subject.request())
     costs, ids = _costs(subject), subject.ids()
     subject.close()
-    report("profiling")
-    overhead = measure_overhead(bundle, options, ids, clock)
     report("measuring memory")
     memory = measure_memory(bundle, options)
-    probes = limits = None
+    overhead = probes = limits = None
     if subject.device == "cpu":
+        report("profiling")
+        overhead = measure_overhead(bundle, options, ids, clock)
         report("measuring the machine")
         probes = Probes(options.threads or usable_cores(), clock)
         limits = {name: limit(cost, probes, _rows(subject, name)) for name, cost in costs.items()}

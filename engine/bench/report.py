@@ -135,9 +135,11 @@ def _percentiles(measured: Measured) -> dict[str, float]:
     return {f"p{share}": _short(float(np.percentile(steps, share))) for share in (50, 90, 99)}
 
 
-def _outside(measured: Measured) -> dict[str, Any]:
+def _outside(measured: Measured) -> dict[str, Any] | None:
     """Milliseconds of a decode step: kernels, the runtime around them, Python; percent outside of the kernels."""
     overhead = measured.overhead
+    if overhead is None:
+        return None
     step = float(np.median(np.concatenate([one.steps for one in measured.rounds])))
     runtime = max(step - overhead.kernels - overhead.python, 0.0)
     slowest = sorted(overhead.by_operator.items(), key=lambda item: -item[1])
@@ -214,7 +216,7 @@ def print_measured(facts: dict[str, Any]) -> None:
     )
     _print_table(console, title, ("", "tokens/s", "spread", "of what this machine could do"), rows)
     if facts["rates"] is None:
-        console.print(f"the limit of {facts['device']} is not measured: only that of processors is")
+        console.print(f"what {facts['device']} could do, and the time outside of its kernels, is not measured")
     for line in _lines(facts):
         console.print(line, soft_wrap=True, highlight=False)
 
@@ -226,12 +228,16 @@ def _lines(facts: dict[str, Any]) -> list[str]:
     lines = [
         f"per token: p50 {percentiles['p50']:g}, p90 {percentiles['p90']:g}, p99 {percentiles['p99']:g} ms; "
         f"{ttft['per_token_after']:g} ms in a whole request",
-        f"outside of kernels: {outside['percent']:g} % of a step (runtime {outside['runtime_ms']:g}, Python "
-        f"{outside['python_ms']:g} of {outside['step_ms']:g} ms; {outside['nodes']} nodes)",
         f"first token after {ttft['total']:g} ms of {ttft['prompt_tokens']} tokens: {named}",
         f"reads: {count['per_decode_token'] / 1e6:.4g} MB a decode step, {count['per_prompt_token'] / 1e6:.3g} MB a "
         f"prompt token" + (f", {count['vision'] / 1e6:.4g} MB a picture" if count["vision"] else ""),
     ]
+    if outside is not None:
+        lines.insert(
+            1,
+            f"outside of kernels: {outside['percent']:g} % of a step (runtime {outside['runtime_ms']:g}, Python "
+            f"{outside['python_ms']:g} of {outside['step_ms']:g} ms; {outside['nodes']} nodes)",
+        )
     if memory is not None:
         lines.append(
             f"memory: peak {memory['peak_mb']:g} MB, {memory['loaded_mb']:g} MB after loading, which took "
