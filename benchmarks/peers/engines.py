@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -58,7 +59,7 @@ class Worker:
             stderr=log.open("w"),
             text=True,
             cwd=log.parent,  # never the repository: its folder `kernels` would hide Hugging Face's package
-            env={"PYTHONPATH": str(WORKERS), "PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1"},
+            env={"PYTHONPATH": _python_path(), "PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1"},
         )
         hello = self._read()
         self.versions: dict[str, str] = hello["versions"]
@@ -148,6 +149,11 @@ def start(name: str, sources: Sources) -> Worker:
     python, script, facts = prepare(sources)
     log = sources.cache / "logs" / f"{name.replace(' ', '-').replace('/', '-')}.txt"
     return Worker(python, script, facts | {"threads": sources.threads, "context": sources.context}, log)
+
+
+def _python_path() -> str:
+    """Where workers find what they share, and what this program was told to take siglance from."""
+    return os.pathsep.join([str(WORKERS), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 def _call(python: Path, script: str, *arguments: str) -> None:
