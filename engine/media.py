@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import os
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,16 @@ from .sounds import PreparedSound
 from .sources import file_name, is_data_uri, read_source
 from .video import Clip, is_video, open_clip
 
-__all__ = ["PictureSource", "interleaved", "is_document", "is_moving", "part_name", "read_media", "read_video"]
+__all__ = [
+    "HeldPixels",
+    "PictureSource",
+    "interleaved",
+    "is_document",
+    "is_moving",
+    "part_name",
+    "read_media",
+    "read_video",
+]
 
 # A page is drawn this many times larger per side than the model sees it, so that the one resampler of the engine does
 # the last step for pages as it does for photographs.
@@ -46,6 +55,7 @@ class PictureSource:
             is asked for; a page is drawn for this size, and may raise DocumentError. A video has none.
         file: the key of the encoded file that it comes from (`known_files.file_key`), None if there is none.
         clip: the frames of a video.
+        release: to be called when everybody has looked; pixels that are asked for nevertheless are decoded again.
     """
 
     name: str
@@ -55,6 +65,7 @@ class PictureSource:
     pixels: Callable[[int, int], npt.NDArray[np.uint8]]
     file: bytes | None = None
     clip: Clip | None = None
+    release: Callable[[], None] = lambda: None
 
     @property
     def frames(self) -> int:
@@ -62,39 +73,78 @@ class PictureSource:
         return 1 if self.clip is None else len(self.clip.times)
 
 
+class HeldPixels:
+    """Decoded pixels of the pictures of one request: the latest ones, up to `most` bytes, and the very latest anyhow.
+
+    A picture is decoded to learn its size, and looked at when the whole prompt is known to fit. Sixty of 50 megapixels
+    would be 9 GB by then, from a request of 50 MB; those that are not held are decoded again.
+    """
+
+    def __init__(self, most: int):
+        self._most = most
+        self._held: OrderedDict[object, npt.NDArray[np.uint8]] = OrderedDict()
+
+    def holding(self, decode: Callable[[], npt.NDArray[np.uint8]]) -> Callable[[], npt.NDArray[np.uint8]]:
+        """`decode`, which is called only if its pixels are not held."""
+        key = object()
+
+        def pixels() -> npt.NDArray[np.uint8]:
+            if key not in self._held:
+                self._held[key] = decode()
+                while len(self._held) > 1 and sum(held.nbytes for held in self._held.values()) > self._most:
+                    self._held.popitem(last=False)
+            return self._held[key]
+
+        return pixels
+
+    def release(self) -> None:
+        """Hold nothing, and from now on the very latest only."""
+        self._held.clear()
+        self._most = 0
+
+
 def read_media(
-    part: Image | Pdf, number: int, limits: Limits, known: KnownFiles = NOTHING_KNOWN
+    part: Image | Pdf,
+    number: int,
+    limits: Limits,
+    known: KnownFiles = NOTHING_KNOWN,
+    held: HeldPixels | None = None,
 ) -> list[PictureSource]:
     """The pictures that an attached part stands for: one, or one for each chosen page of a document.
 
     What a file is, its content says: an `Image` that is a PDF is all its pages. `number` counts attachments from 1, for
-    messages. A picture whose file is known is decoded only when its pixels are asked for. Raises ImageError and
-    DocumentError, naming the part.
+    messages. A picture whose file is known is decoded only when its pixels are asked for. `held` are the pixels of the
+    request. Raises ImageError and DocumentError, naming the part.
     """
+    held = HeldPixels(0) if held is None else held
     if isinstance(part, Pdf):
         name = part_name("document", number, part.source)
         return _pages(_read(part.source, limits, name, DocumentError), part, limits, name)
     name = part_name("image", number, part.source)
     source = part.source
     if isinstance(source, np.ndarray | PIL.Image.Image):
-        pixels = load_image(source, limits=limits, name=name)
-        return [_image(name, _size(pixels), lambda: pixels)]
+        pixels = held.holding(lambda: load_image(source, limits=limits, name=name))
+        return [_image(name, _size(pixels()), pixels, held)]
     data = _read(source, limits, name, ImageError)
     if is_pdf(data):
         return _pages(data, Pdf(data, tokens=part.tokens), limits, part_name("document", number, part.source))
-    decode = functools.cache(lambda: load_image(data, limits=limits, name=name))
+    pixels = held.holding(lambda: load_image(data, limits=limits, name=name))
     key = file_key(data)
     size = known.get(tuple, key)
     if size is None:
-        size = _size(decode())
+        size = _size(pixels())
         known.put(size, key)
-    return [_image(name, size, decode, key)]
+    return [_image(name, size, pixels, held, key)]
 
 
 def _image(
-    name: str, size: tuple[int, int], decode: Callable[[], npt.NDArray[np.uint8]], file: bytes | None = None
+    name: str,
+    size: tuple[int, int],
+    pixels: Callable[[], npt.NDArray[np.uint8]],
+    held: HeldPixels,
+    file: bytes | None = None,
 ) -> PictureSource:
-    return PictureSource(name, "image", size, size, lambda height, width: decode(), file)
+    return PictureSource(name, "image", size, size, lambda height, width: pixels(), file, release=held.release)
 
 
 def _size(pixels: npt.NDArray[np.uint8]) -> tuple[int, int]:

@@ -19,7 +19,7 @@ from .errors import BundleError, ContextFull, InputError, PromptError
 from .known_files import NOTHING_KNOWN, KnownFiles
 from .limits import Limits
 from .manifest import Manifest
-from .media import PictureSource, interleaved, is_moving, part_name, read_media, read_video
+from .media import HeldPixels, PictureSource, interleaved, is_moving, part_name, read_media, read_video
 from .parts import Audio, Conversation, Image, Pdf, Video, Words, turns_of
 from .pictures import PreparedPicture, assign_spans, lay_out
 from .prompt import Message, Prompt, PromptBuilder, Text, Thought, sole_turn
@@ -79,7 +79,7 @@ class Reader:
         if pan_and_scan and (self._manifest.image is None or self._manifest.image.pan_and_scan is None):
             raise InputError("pan_and_scan: the model of this bundle does not see pictures in crops")
         turns: list[ReadTurn] = []
-        attached = 0
+        attached, held = 0, HeldPixels(3 * self._limits.max_pixels)
         for role, parts in turns_of(conversation, system):
             read: list[ReadPart] = []
             for part in parts:
@@ -87,7 +87,7 @@ class Reader:
                     read.append(part)
                     continue
                 attached += 1
-                read += self.read_media(part, clock, image_tokens, pan_and_scan, attached, known)
+                read += self.read_media(part, clock, image_tokens, pan_and_scan, attached, known, held)
             turns.append((role, read))
         return turns
 
@@ -124,6 +124,7 @@ class Reader:
         pan_and_scan: bool = False,
         number: int = 1,
         known: KnownFiles = NOTHING_KNOWN,
+        held: HeldPixels | None = None,
     ) -> list[Prepared]:
         """Read attachment `number`, counted from 1, and lay it out.
 
@@ -153,7 +154,7 @@ class Reader:
                 raise InputError(f"image {number} is encoded already, it cannot be shown in crops (pan_and_scan)")
             return [PreparedPicture(encoded=part)]
         with clock.stage("decode_file"):
-            sources = read_media(part, number, self._limits, known)
+            sources = read_media(part, number, self._limits, known, held)
         budget = image_tokens if part.tokens is None else part.tokens
         return [lay_out(source, self._manifest.image, budget, pan_and_scan=pan_and_scan) for source in sources]
 

@@ -150,4 +150,7 @@ def see_all(
         medium = media[span.media_index]
         seen = isinstance(medium, PreparedPicture)
         views.append(see(medium, span.view, facts, clock, known) if seen else hear(medium, clock, known))
+    for medium in media:
+        if isinstance(medium, PreparedPicture) and medium.source is not None:
+            medium.source.release()
     return SeenPrompt(prompt, media, views)
