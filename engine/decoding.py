@@ -108,6 +108,9 @@ class Decoding:
     ):
         """`hidden_ids` are not text; `penalised_ids` are the tokens of the prompt that the penalties count."""
         self._rules = rules
+        # A stop string may be the name of a token that is not text; the answer ends with it all the same.
+        named = {tokenizer.token_to_id(string) for string in rules.stop} & set(hidden_ids)
+        self._answer_stop_ids = rules.stop_ids | {id for id in named if id is not None}
         self._index = index
         self._tokenizer = tokenizer
         self._context = context
@@ -168,7 +171,7 @@ class Decoding:
     @property
     def _stop_ids(self) -> frozenset[int]:
         """What ends the reply here."""
-        return self._rules.stop_ids if self._parts.in_answer else self._rules.bundle_stop_ids
+        return self._answer_stop_ids if self._parts.in_answer else self._rules.bundle_stop_ids
 
     @property
     def _may_think(self) -> bool:

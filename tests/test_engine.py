@@ -191,6 +191,17 @@ def test_stop_strings(engine, letters, pieces, stop, text, finish):
     assert double.generate("go", stop=stop).text == text
 
 
+def test_a_stop_string_may_be_the_name_of_a_token_that_is_not_text(engine, letters):
+    """People stop Gemma with "<|turn>", which no text of a reply ever has: what follows it would be another turn."""
+    start = engine._tokenizer.token_to_id("<|turn>")
+    assert start not in engine.manifest.stop_ids
+    double, _ = scripted(engine, [*letters("ab"), start, *letters("user"), engine.manifest.stop_ids[0]])
+    assert double.generate("go").text == "abuser"
+    for stop in ("<|turn>", ["no", "<|turn>"]):
+        reply = double.generate("go", stop=stop)
+        assert (reply.text, reply.finish_reason) == ("ab", "stop_id")
+
+
 @pytest.mark.parametrize(("ending", "finish"), [("stop", "stop_id"), ("limit", "length")])
 def test_a_held_back_tail_is_delivered(engine, letters, ending, finish):
     """The beginning of a stop string waits for its end; when that never comes, the text arrives after all."""
