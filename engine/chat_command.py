@@ -61,8 +61,9 @@ def converse(engine: Engine, chat: Chat, *, name: str, attach: Callable[[str], I
 
 def _lines(interactive: bool) -> Iterator[str]:
     if isinstance(sys.stdin, io.TextIOWrapper):
-        # A file name may be no valid text; a message that is not is refused like any other.
-        sys.stdin.reconfigure(errors="surrogateescape")
+        # A file name may be no valid text; a message that is not is refused like any other. What is piped in is UTF-8,
+        # whatever the locale says about terminals.
+        sys.stdin.reconfigure(encoding=None if interactive else "utf-8", errors="surrogateescape")
     if not interactive:
         lines = (line.rstrip("\r\n") for line in sys.stdin)
         yield next(lines, "").removeprefix("\ufeff")  # Windows puts this mark in front of UTF-8

@@ -186,7 +186,7 @@ def run(
             reply = chunk.reply
         assert reply is not None
     if as_json:
-        print(json.dumps(output.reply_json(reply), ensure_ascii=False))
+        output.print_json(output.reply_json(reply))
     else:
         writer.end()
         for line in output.logprob_lines(reply):

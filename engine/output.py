@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ __all__ = [
     "logprob_lines",
     "note",
     "picture_format",
+    "print_json",
     "progress",
     "reply_json",
     "reply_summary",
@@ -45,6 +47,12 @@ DEMO_NOTE = (
 def note(text: str) -> None:
     """A remark beside the answer: on stderr, so that stdout holds the answer alone."""
     print(text, file=sys.stderr)
+
+
+def print_json(value: object) -> None:
+    """One JSON value on a line, as readable as the encoding of the output allows."""
+    is_unicode = (sys.stdout.encoding or "utf-8").lower().replace("-", "") == "utf8"
+    print(json.dumps(value, ensure_ascii=not is_unicode))
 
 
 def reply_json(reply: Reply) -> dict[str, Any]:

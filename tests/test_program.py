@@ -76,3 +76,27 @@ def test_what_windows_pipes_into_a_chat_is_no_part_of_the_first_message():
     assert plain.returncode == 0
     assert marked.stdout == plain.stdout
     assert marked.stderr.splitlines()[1].split(b";")[0] == plain.stderr.splitlines()[1].split(b";")[0]  # prompt tokens
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+def test_replies_in_any_language_are_written_whatever_the_output_can(encoding: str):
+    """Windows gives pipes the code page of a country; a reply in another language must not be a crash."""
+    environment = os.environ | {"PYTHONIOENCODING": encoding}
+    text = "é日\U0001f642"
+    asked = ("run", "-p", "count", "--regex", text)
+    plain, as_json = (_program(*asked, *more, capture_output=True, env=environment) for more in ((), ("--json",)))
+    assert (plain.returncode, as_json.returncode) == (0, 0), plain.stderr
+    assert plain.stdout.decode(encoding).strip() == text.encode(encoding, "backslashreplace").decode(encoding)
+    assert json.loads(as_json.stdout.decode(encoding))["text"] == text
+
+
+def test_what_is_piped_into_a_chat_is_utf_8():
+    """Else every accent of a question would be two other letters, without a word."""
+    replies = [
+        _program("chat", "--temperature", "0", input="é日\n".encode(), capture_output=True, env=os.environ | variables)
+        for variables in ({"PYTHONIOENCODING": "utf-8"}, {"PYTHONIOENCODING": "cp1252"}, {"PYTHONIOENCODING": "ascii"})
+    ]
+    assert [reply.returncode for reply in replies] == [0, 0, 0]
+    tokens = {reply.stderr.splitlines()[1].split(b" prompt tokens")[0] for reply in replies}
+    assert len(tokens) == 1, tokens
+    assert len({reply.stdout for reply in replies}) == 1
