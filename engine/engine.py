@@ -14,8 +14,10 @@ from typing import overload
 
 import numpy as np
 
+from . import heap
 from .boxes import TEXT_TOKENS, parse_boxes
 from .bundle import Bundle
+from .calls import ToolChoice
 from .chat import Chat
 from .decoding import Decoding, Rules, check_positive, make_reply, make_rules
 from .encoding import encode_view, encoded_image, encoded_sound, sole_medium
@@ -84,6 +86,7 @@ class Engine:
         self._tokenizer = load_tokenizer(
             bundle.path("tokenizer"), TEXT_TOKENS.get(facts.boxes, ()), control_tokens(facts)
         )
+        heap.give_back()
         self._markers = Markers.read(self._tokenizer, facts)
         # Ids that are not text. Read once: a large tokenizer has thousands of added tokens.
         self._hidden = special_ids(self._tokenizer) | set(self.manifest.stop_ids)
@@ -161,6 +164,8 @@ class Engine:
         candidates: int = 1,
         logprobs: int | None = None,
         tools: Sequence[ToolLike] = (),
+        tool_choice: ToolChoice = "auto",
+        parallel_tool_calls: bool = True,
         thinking: bool = False,
         raw: bool = False,
         prompt_ids: Sequence[int] | None = None,
@@ -191,7 +196,12 @@ class Engine:
                 20. With a format each forced token then takes a run of its own.
             tools: functions that the model may call, as `Tool` or as declarations of OpenAI's API. What it calls is in
                 `Reply.tool_calls`; `[*conversation, Turn.of(reply), Turn("tool", [ToolResult(...), ...])]` goes on.
-                Excludes `format`.
+                Calls of tools that are `strict` are held to their schema, and while there are some, no others than the
+                declared ones can be called. With a `format` a reply is either in its form or calls.
+            tool_choice: "auto", "none" (no call, and no tool is shown), "required" (calls and nothing else, but for a
+                thought before them), the name of the one function to be called, once, or a list of names of which at
+                least one is called. Calls that must come are held to the schemas of their tools, strict or not.
+            parallel_tool_calls: whether a reply may make several calls; otherwise it ends with the first.
             thinking: let the model think before it answers; the thought is apart from the text, and counts among
                 `max_tokens`. Bundles whose model or chat template does not know tools or thinking refuse them.
             raw: complete the text as it stands, without the chat template. Bundles of base models are always raw.
@@ -217,7 +227,8 @@ class Engine:
         rules = make_rules(
             self.manifest,
             self.runtime.vocabulary,
-            self._constraints.compile,
+            self._constraints,
+            self._markers,
             sampling=sampling,
             max_tokens=max_tokens,
             stop=stop,
@@ -225,13 +236,15 @@ class Engine:
             format=format,
             candidates=candidates,
             logprobs=logprobs,
-            tools=bool(tools),
+            tools=tools,
+            tool_choice=tool_choice,
+            parallel_tool_calls=parallel_tool_calls,
             thinking=thinking,
         )
         check_positive("prefill_chunk", prefill_chunk)
         reuse = self._reuse if cache else self._reuse.off()
         turns = self._reader.read(conversation, clock, system, image_tokens, pan_and_scan, reuse.files)
-        layout = Layout(raw=raw, prompt_ids=prompt_ids, tools=tools, thinking=thinking)
+        layout = Layout(raw=raw, prompt_ids=prompt_ids, tools=rules.calls.tools, thinking=thinking)
         asked = self._see(turns, clock, reuse, layout)
         yield from self._answer(asked, rules, clock, reuse, prefill_chunk)
 
@@ -245,6 +258,8 @@ class Engine:
         max_tokens: int = DEFAULT_MAX_TOKENS,
         image_tokens: int | None = None,
         tools: Sequence[ToolLike] = (),
+        tool_choice: ToolChoice = "auto",
+        parallel_tool_calls: bool = True,
         thinking: bool = False,
         cache: bool = True,
     ) -> Chat:
@@ -259,6 +274,8 @@ class Engine:
             max_tokens=max_tokens,
             image_tokens=image_tokens,
             tools=tools,
+            tool_choice=tool_choice,
+            parallel_tool_calls=parallel_tool_calls,
             thinking=thinking,
             cache=cache,
         )
