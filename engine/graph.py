@@ -5,14 +5,18 @@ A graph declares its inputs and outputs; shapes and dtypes are read from it, nev
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime
 
+from . import cuda
 from .errors import BundleError, DeviceError, ModelOutputError
 from .processes import kept_by_forks, thread_count, usable_cores
 
@@ -20,8 +24,11 @@ __all__ = [
     "Device",
     "Graph",
     "IOBinding",
+    "OrtValue",
     "TensorFacts",
     "available_devices",
+    "device_tensor",
+    "has_device",
     "resolve_device",
     "tensor",
     "usable_cores",
@@ -29,6 +36,7 @@ __all__ = [
 ]
 
 IOBinding = onnxruntime.IOBinding
+OrtValue = onnxruntime.OrtValue
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _DTYPES: dict[str, type[np.generic]] = {
@@ -66,6 +74,11 @@ def available_devices() -> list[str]:
     return [kind for kind, provider in _PROVIDERS.items() if provider in providers]
 
 
+def has_device(kind: str) -> bool:
+    """Whether a device of this kind seems to be in this machine, as far as can be told without a session."""
+    return kind in available_devices() and (kind == "cpu" or cuda.driver_version() is not None)
+
+
 def resolve_device(name: str, target: str, *, foreign: bool = False) -> Device:
     """Turn "auto", "cpu", "cuda" or "cuda:N" into a device for a bundle exported for `target`.
 
@@ -78,7 +91,7 @@ def resolve_device(name: str, target: str, *, foreign: bool = False) -> Device:
     elif kind not in _PROVIDERS or (index and not (kind == "cuda" and index.isdecimal())):
         raise DeviceError(f"unknown device {name!r}; expected 'auto', 'cpu', 'cuda' or 'cuda:N'")
     if kind not in available_devices():
-        hint = "; install siglance[gpu]" if kind == "cuda" else ""
+        hint = f": {_cuda_problem() or cuda.INSTALL}" if kind == "cuda" else ""
         raise DeviceError(
             f"device {kind!r} was asked for, but onnxruntime {onnxruntime.__version__} here has only "
             f"{', '.join(available_devices())}{hint}"
@@ -88,10 +101,27 @@ def resolve_device(name: str, target: str, *, foreign: bool = False) -> Device:
     return Device(kind, int(index or 0))
 
 
+def _cuda_problem() -> str | None:
+    """What keeps onnxruntime from using CUDA here, if that can be told."""
+    wheel = cuda.Wheel(onnxruntime.__version__, getattr(onnxruntime, "cuda_version", ""))
+    return cuda.problem(wheel, cuda.installed_wheels(), cuda.driver_version())
+
+
+@cache
+def _load_cuda() -> str:
+    """Load CUDA's libraries once for the process; returns complaints."""
+    onnxruntime.set_default_logger_severity(3)  # errors: every session warns of things that nobody asked for
+    return cuda.load_libraries(onnxruntime.preload_dlls)
+
+
 class Graph:
     """A loaded graph.
 
     Raises BundleError when the file cannot be loaded, DeviceError when the session did not come up on `device`.
+
+    With `capture`, runs on a GPU can be captured and replayed (a CUDA graph) if onnxruntime allows it for this graph:
+    not if it has control flow, and not if any of its data crosses between host and device. `uncaptured_because` says
+    why not.
     """
 
     def __init__(
@@ -102,6 +132,7 @@ class Graph:
         threads: int | None = None,
         prepack: bool = True,
         profile: Path | None = None,
+        capture: bool = False,
     ):
         """`profile` is what the names of the files begin with that `end_profiling` leaves."""
         self.name = path.stem
@@ -117,15 +148,17 @@ class Graph:
         if profile is not None:
             options.enable_profiling = True
             options.profile_file_prefix = str(profile)
-        provider = _PROVIDERS[device.kind]
-        settings: list[Any] = [(provider, {"device_id": str(device.index)}) if device.kind == "cuda" else provider]
-        try:
-            self._session = onnxruntime.InferenceSession(path, options, providers=settings)
-        except Exception as error:  # onnxruntime raises a dozen unrelated classes
-            raise BundleError(f"{path.name} cannot be loaded: {_first_line(error)}") from None
+        self.uncaptured_because: str | None = None if capture else "it was not asked for"
+        self._thread: ThreadPoolExecutor | None = None
+        if device.kind == "cuda":
+            options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+            self._complaint = _load_cuda()
+            # A captured run belongs to the thread that captured it: another one would capture it again.
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"siglance-{self.name}")
+        self._session = self._open(path, options, capture)
         kept_by_forks(self._session)
-        if self._session.get_providers()[0] != provider:
-            raise DeviceError(f"{path.name} came up on {self._session.get_providers()[0]} instead of {provider}")
+        self.captures = capture and self.uncaptured_because is None
+        self._plain = self.run_options(-1) if self.captures else None
         self.inputs = {node.name: self._facts(node) for node in self._session.get_inputs()}
         self.outputs = {node.name: self._facts(node) for node in self._session.get_outputs()}
 
@@ -137,7 +170,7 @@ class Graph:
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Run on host arrays and return all outputs by name."""
         try:
-            values: Any = self._session.run(None, dict(feeds))
+            values: Any = self._call(self._session.run, None, dict(feeds), self._plain)
         except Exception as error:
             raise ModelOutputError(f"graph {self.name!r} failed: {_first_line(error)}") from error
         return dict(zip(self.outputs, values, strict=True))
@@ -146,20 +179,72 @@ class Graph:
         """A fresh binding of inputs and outputs to memory, for `run_bound`."""
         return self._session.io_binding()
 
-    def run_bound(self, binding: IOBinding) -> None:
+    def run_bound(self, binding: IOBinding, options: object = None) -> None:
+        """Run on what is bound; `options` of `run_options` make it a captured run."""
         try:
-            self._session.run_with_iobinding(binding)
+            self._call(self._session.run_with_iobinding, binding, options or self._plain)
         except Exception as error:
             raise ModelOutputError(f"graph {self.name!r} failed: {_first_line(error)}") from error
+
+    def run_options(self, number: int) -> object:
+        """Options of the captured run with this number, or of none for -1.
+
+        The first run with a number is done three times over, and captured; later ones are replayed with the same
+        memory and whatever lay on the host then.
+        """
+        options = onnxruntime.RunOptions()
+        options.add_run_config_entry("gpu_graph_id", str(number))
+        return options
+
+    def host_nodes(self) -> Counter[str]:
+        """Operators of a graph on a GPU that run on the CPU, and how many of each: arithmetic on shapes, or worse."""
+        parts: Sequence[Any] = self._session.get_provider_graph_assignment_info()
+        return Counter(node.op_type for part in parts if part.ep_name == _PROVIDERS["cpu"] for node in part.get_nodes())
 
     def end_profiling(self) -> Path:
         """Close and name the file of events (JSON) of a graph that was loaded with `profile`."""
         return Path(self._session.end_profiling())
 
+    def _open(self, path: Path, options: onnxruntime.SessionOptions, capture: bool) -> onnxruntime.InferenceSession:
+        provider = _PROVIDERS[self.device.kind]
+        facts = {"device_id": str(self.device.index)}
+        if capture and self.device.kind == "cuda":
+            try:
+                session = onnxruntime.InferenceSession(
+                    path, options, providers=[(provider, facts | {"enable_cuda_graph": "1"})]
+                )
+                return self._on_device(session)
+            except DeviceError:
+                raise
+            except Exception as error:  # a graph that is broken fails again below
+                self.uncaptured_because = _first_line(error)
+        settings: list[Any] = [(provider, facts) if self.device.kind == "cuda" else provider]
+        try:
+            session = onnxruntime.InferenceSession(path, options, providers=settings)
+        except Exception as error:  # onnxruntime raises a dozen unrelated classes
+            raise BundleError(f"{path.name} cannot be loaded: {_first_line(error)}") from None
+        return self._on_device(session)
+
+    def _on_device(self, session: onnxruntime.InferenceSession) -> onnxruntime.InferenceSession:
+        """`session`, if it came up on the device and not on the CPU instead."""
+        provider, found = _PROVIDERS[self.device.kind], session.get_providers()[0]
+        if found == provider:
+            return session
+        reason = _cuda_problem() or self._complaint or f"the CUDA provider did not load; {cuda.INSTALL}"
+        raise DeviceError(f"{self.name}.onnx came up on {found} instead of {provider}: {reason}")
+
+    def _call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        return function(*arguments) if self._thread is None else self._thread.submit(function, *arguments).result()
+
     def _facts(self, node: Any) -> TensorFacts:
         if node.type not in _DTYPES:
             raise BundleError(f"graph {self.name!r}: tensor {node.name!r} has type {node.type}, which is not supported")
         return TensorFacts(_DTYPES[node.type], tuple(node.shape))
+
+
+def device_tensor(shape: Sequence[int], dtype: type[np.generic], device: Device) -> OrtValue:
+    """A value of undefined content in the memory of `device`."""
+    return OrtValue.ortvalue_from_shape_and_type(list(shape), dtype, device.kind, device.index)
 
 
 def tensor(array: np.ndarray) -> onnxruntime.OrtValue:

@@ -14,6 +14,9 @@ from threading import Lock
 import numpy as np
 
 from .bundle import Bundle
+from .cuda import captures_runs
+from .device_memory import DeviceBuffers, DeviceMemory, HostMemory
+from .device_step import DeviceStep
 from .errors import InputError, ModelOutputError, PromptError
 from .graph import Device, Graph, IOBinding, resolve_device, tensor
 from .state import DecoderState, Snapshot
@@ -65,6 +68,16 @@ class Runtime:
         self._audio_lock = Lock()
         self.hidden = int(self.embed.outputs["inputs_embeds"].shape[-1])
         self.vocabulary = int(self.decoder.outputs["logits"].shape[-1])
+        self.memory: HostMemory | DeviceMemory = HostMemory()
+        self.device_step: DeviceStep | None = None
+        if self.device.kind != "cpu":
+            self.keep_states_on(self.device)
+
+    def keep_states_on(self, device: Device) -> None:
+        """Keep the states of later sessions in the memory of `device`, the one that the decoder runs on."""
+        self.memory = DeviceMemory(device)
+        self.device_step = DeviceStep(self.embed, self.decoder, self.manifest.state, self.memory)
+        self.memory.prepare = self.device_step.prepare
 
     @property
     def providers(self) -> dict[str, list[str]]:
@@ -104,8 +117,12 @@ class Runtime:
 
 
 def _load(bundle: Bundle, device: Device, name: str, *, threads: int | None, prepack: bool) -> Graph:
-    # Looking up rows is no work for several threads, and idle ones would spin beside the decoder's.
-    return Graph(bundle.path(name), device, threads=1 if name == "embed" else threads, prepack=prepack)
+    if name == "embed":
+        # Tables are looked up where they lie, mapped from the file: a device would hold gigabytes to read rows of them.
+        # That is no work for several threads, and idle ones would spin beside the decoder's.
+        return Graph(bundle.path(name), Device("cpu"), threads=1, prepack=prepack)
+    captures = name == "decoder" and device.kind != "cpu" and captures_runs()
+    return Graph(bundle.path(name), device, threads=threads, prepack=prepack, capture=captures)
 
 
 def encode(vision: Graph, patches: np.ndarray, positions: np.ndarray, soft_tokens: int, hidden: int) -> np.ndarray:
@@ -134,7 +151,7 @@ class Session:
 
     def __init__(self, runtime: Runtime):
         self._runtime = runtime
-        self._state = DecoderState(runtime.decoder, runtime.manifest.state, runtime.manifest.context)
+        self._state = DecoderState(runtime.decoder, runtime.manifest.state, runtime.manifest.context, runtime.memory)
         self._wires = [name for name in runtime.decoder.inputs if name in runtime.embed.outputs]
         self._has_blocks = BLOCK_ENDS in runtime.decoder.inputs
         self._binding = runtime.decoder.bind()
@@ -229,11 +246,25 @@ class Session:
 
     def _append(self, token: int) -> np.ndarray:
         """Append one token for which the state has room."""
+        if self._runtime.device_step is not None:
+            return self._append_on_device(self._runtime.device_step, token)
         if self._one_token is None:
             self._one_token = _OneToken(self._runtime, self._wires)
         logits = np.empty((1, self._runtime.vocabulary), np.float32)
         decoder = self._one_token.embed(token, self._state.length + 1)
         return self._run_decoder(decoder, 1, logits)[0]
+
+    def _append_on_device(self, step: DeviceStep, token: int) -> np.ndarray:
+        memory, buffers = self._runtime.memory, self._state.buffers
+        assert isinstance(memory, DeviceMemory)
+        assert isinstance(buffers, DeviceBuffers)
+        try:
+            logits = step.run(memory, token, buffers, self._state.length + 1)
+        except BaseException:
+            self._state.fail(1)
+            raise
+        self._state.advance(1)
+        return logits
 
     def _blocks(self, length: int, soft: Sequence[SoftTokens]) -> list[_Block]:
         """The blocks of mutually visible rows in a prompt of `length` rows, as the bundle's mechanism defines them."""

@@ -18,8 +18,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .device_memory import Buffers, HostMemory, Memory
 from .errors import BundleError, ContextFull, ModelOutputError
-from .graph import Graph, IOBinding, tensor
+from .graph import Graph, IOBinding
 from .manifest import StatePair
 
 __all__ = ["FIRST_CAPACITY", "DecoderState", "Snapshot", "check_state"]
@@ -45,17 +46,17 @@ class Snapshot:
 
 
 class DecoderState:
-    """Buffers and length of one sequence. Not shared between threads."""
+    """Buffers, in `memory`, and length of one sequence. Not shared between threads."""
 
-    def __init__(self, decoder: Graph, pairs: Sequence[StatePair], context: int):
+    def __init__(self, decoder: Graph, pairs: Sequence[StatePair], context: int, memory: Memory | None = None):
         self.length = 0
         self.context = context
         self._pairs = pairs
-        self._facts = {pair.input: decoder.inputs[pair.input] for pair in pairs}
+        facts = {pair.input: decoder.inputs[pair.input] for pair in pairs}
         self._capacity = min(FIRST_CAPACITY, context)
-        self._buffers = {pair.input: self._allocate(pair) for pair in pairs}
+        self._buffers: Buffers = (memory or HostMemory()).buffers(facts, self._capacity)
         self._bound_to: list[IOBinding] = []
-        windows = [buffer.shape[2] for pair, buffer in self._items() if pair.kind == "window"]
+        windows = [int(facts[pair.input].shape[2]) for pair in pairs if pair.kind == "window"]
         self._evicts_beyond = min(windows, default=context)
         self._shortest = 0
         self._lost = False
@@ -63,7 +64,12 @@ class DecoderState:
     @property
     def nbytes(self) -> int:
         """Bytes held by all buffers."""
-        return sum(buffer.nbytes for buffer in self._buffers.values())
+        return self._buffers.nbytes
+
+    @property
+    def buffers(self) -> Buffers:
+        """The buffers themselves; others after the next `reserve` or `restore`."""
+        return self._buffers
 
     @property
     def shortest(self) -> int:
@@ -86,13 +92,10 @@ class DecoderState:
         capacity = self._capacity
         while capacity < needed:
             capacity *= 2
-        self._capacity = min(capacity, self.context)
+        capacity = min(capacity, self.context)
         self._bound_to.clear()
-        for pair in self._pairs:
-            if pair.kind == "global":
-                grown = self._allocate(pair)
-                grown[:, :, : self.length] = self._buffers[pair.input][:, :, : self.length]
-                self._buffers[pair.input] = grown
+        self._buffers = self._buffers.grown(capacity, self.length)
+        self._capacity = capacity
 
     def evicts(self, length: int) -> bool:
         """Whether a window buffer will have evicted when the state has this length."""
@@ -120,7 +123,7 @@ class DecoderState:
     def snapshot(self) -> Snapshot:
         """A copy of what is used."""
         self.reserve(0)
-        rows = {pair.input: buffer[:, :, : self.length].copy() for pair, buffer in self._items()}
+        rows = {pair.input: self._buffers.rows(pair.input, self.length) for pair in self._pairs}
         for array in rows.values():
             array.flags.writeable = False
         return Snapshot(self.length, self._shortest, rows)
@@ -136,15 +139,14 @@ class DecoderState:
             raise ValueError(f"a snapshot of {snapshot.length} tokens cannot be cut to {length}")
         self.length, self._lost = 0, False
         self.reserve(length)
-        for pair, buffer in self._items():
-            rows = snapshot.rows[pair.input][:, :, :length]
-            buffer[:, :, : rows.shape[2]] = rows
+        for pair in self._pairs:
+            self._buffers.set_rows(pair.input, snapshot.rows[pair.input][:, :, :length])
         self.length, self._shortest = length, snapshot.shortest
 
     def copy(self) -> DecoderState:
         """A state of its own with the same content."""
         twin = copy.copy(self)
-        twin._buffers = {name: buffer.copy() for name, buffer in self._buffers.items()}
+        twin._buffers = self._buffers.copy()
         twin._bound_to = []
         return twin
 
@@ -153,24 +155,13 @@ class DecoderState:
         if any(bound is binding for bound in self._bound_to):
             return
         for pair in self._pairs:
-            value = tensor(self._buffers[pair.input])
+            value = self._buffers.value(pair.input)
             binding.bind_ortvalue_input(pair.input, value)
             binding.bind_ortvalue_output(pair.output, value)
         self._bound_to.append(binding)
 
-    def _items(self) -> list[tuple[StatePair, np.ndarray]]:
-        return [(pair, self._buffers[pair.input]) for pair in self._pairs]
-
     def _range(self) -> str:
         return f"{self.length}" if self._shortest == self.length else f"{self._shortest} to {self.length}"
-
-    def _allocate(self, pair: StatePair) -> np.ndarray:
-        facts = self._facts[pair.input]
-        shape = [size if isinstance(size, int) else self._capacity for size in facts.shape]
-        try:
-            return np.zeros(shape, facts.dtype)
-        except (MemoryError, ValueError):
-            raise BundleError(f"state {pair.input!r} of shape {shape} does not fit into memory") from None
 
 
 def check_state(decoder: Graph, pairs: Sequence[StatePair]) -> None:
