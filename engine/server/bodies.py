@@ -11,6 +11,7 @@ import json
 import math
 import re
 from collections.abc import Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from starlette.requests import ClientDisconnect
@@ -28,6 +29,8 @@ MAX_VALUES = 1_000_000
 """Values of one body, about: a million empty lists take 64 MB."""
 
 _AT_ONCE = 2**18  # bytes; larger bodies are parsed beside the event loop
+# One after another: the parser lets no other thread run meanwhile, and several would starve the event loop.
+_PARSER = ThreadPoolExecutor(1, "siglance-bodies")
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _WORD = re.compile(r"(?<!^)(?=[A-Z])")
 
@@ -45,7 +48,9 @@ async def read_object(http: HttpRequest, settings: Settings) -> dict[str, Any]:
     if encoding.strip().lower() != "identity":
         raise Failure(415, f"the content encoding is {encoding[:100]!r}, bodies are taken as they are")
     body = await _read(http, settings.body_bytes)
-    return parse_object(body) if len(body) <= _AT_ONCE else await asyncio.to_thread(parse_object, body)
+    if len(body) <= _AT_ONCE:
+        return parse_object(body)
+    return await asyncio.get_running_loop().run_in_executor(_PARSER, parse_object, body)
 
 
 async def _read(http: HttpRequest, limit: int) -> bytearray:

@@ -51,22 +51,26 @@ def serve(bundles: Sequence[str], settings: Settings, *, device: str, feature_ca
             proxy_headers=False,
             timeout_graceful_shutdown=_FINISH,
         )
-        server = _Server(config, service)
+        where = url_of(settings.host, listening.getsockname()[1])
+        server = _Server(config, service, f"serving {', '.join(model.name for model in models)} on {where}")
         opened.enter_context(_signals(server))
         _set_up_log()
-        where = url_of(settings.host, listening.getsockname()[1])
-        _note(f"serving {', '.join(model.name for model in models)} on {where}")
         if not settings.api_keys and not is_loopback(settings.host):
             _note(f"warning: whoever can reach {settings.host} may use this server; --api-key sets a key")
         server.run(sockets=[listening])
 
 
 class _Server(uvicorn.Server):
-    """Sends away who waits as soon as it is told to stop."""
+    """Says when it is there, and sends away who waits as soon as it is told to stop."""
 
-    def __init__(self, config: uvicorn.Config, service: Service):
+    def __init__(self, config: uvicorn.Config, service: Service, greeting: str):
         super().__init__(config)
         self._service = service
+        self._greeting = greeting
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        _note(self._greeting)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._service.drain()
