@@ -229,7 +229,7 @@ def test_limits_of_split_sounds(tiny_model):
         with pytest.raises(AudioError, match="longer than 60 s, the limit for a sound"):
             engine.count_tokens([Audio(minute, split=True, sample_rate=16_000)])
         with pytest.raises(ContextFull):  # 1024 tokens
-            engine.count_tokens([Audio(minute[:-16_000], split=True, sample_rate=16_000)])
+            engine.generate([Audio(minute[:-16_000], split=True, sample_rate=16_000)])
 
 
 @pytest.mark.parametrize(("samples", "heard"), [(1, False), (160, False), (161, True)])

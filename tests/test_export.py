@@ -198,6 +198,7 @@ def test_no_such_source(tmp_path):
 
 @pytest.mark.parametrize("weight_map", [7, ["model.safetensors"], {"a": 7}, {"a": "../model.safetensors"}, {"a": "no"}])
 def test_an_index_of_shards_that_is_none(source, tmp_path, weight_map):
+    (source / "model.safetensors").rename(source / "other.safetensors")  # a single file would go before the index
     (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     assert "index" in refused(source, tmp_path)
 

@@ -18,7 +18,7 @@ import PIL.Image
 import pytest
 
 from siglance.engine import Engine
-from siglance.engine.bundle import demo_folder
+from siglance.engine.bundle import Bundle, demo_folder
 from siglance.engine.errors import ModelOutputError
 from siglance.engine.self_test import formula_picture
 
@@ -42,13 +42,14 @@ def test_a_server_that_is_killed_and_started_again(tmp_path):
         {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{picture(0)}"}},
         {"type": "text", "text": "describe"},
     ]}]}  # fmt: skip
+    endless = {str(id): -100 for id in Bundle.open("demo").manifest.stop_ids}
     for _ in range(2):
         with started("--feature-cache", str(cache)) as server:
             status, answer = server.ask("POST", "/v1/chat/completions", body)
             assert status == 200
             answers.append(json.loads(answer)["choices"])
             with socket.create_connection(server.address(), timeout=60) as connection:
-                data = json.dumps({**ASK, "stream": True, "max_tokens": 1000, "temperature": 2.0}).encode()
+                data = json.dumps({**ASK, "stream": True, "max_tokens": 1000, "logit_bias": endless}).encode()
                 connection.sendall(
                     b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
                     + f"Content-Length: {len(data)}\r\n\r\n".encode()
