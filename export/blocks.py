@@ -1,7 +1,7 @@
 """Building blocks of graphs: plain functions (graph, values, weights) -> value, composed by the family files.
 
 Everything a family needs is a name of this module: norms, MLPs and rotary tables are here, matrix products in
-`matrices.py`, attention in `attention.py`.
+`matrices.py`, lookups and the head in `tables.py`, attention in `attention.py`.
 
 Shapes in comments: S tokens of a chunk, D hidden size, d head size.
 """
@@ -29,19 +29,8 @@ from .attention import (
 )
 from .builder import MICROSOFT, GraphBuilder
 from .checkpoint import Weights
-from .matrices import (
-    Table,
-    clipped_linear,
-    constant_scale,
-    fused_linear,
-    linear,
-    logits,
-    lookup,
-    scalar,
-    stack_product,
-    table,
-    to_float,
-)
+from .matrices import clipped_linear, constant_scale, fused_linear, linear, scalar, to_float
+from .tables import Table, logits, lookup, stack_product, table
 
 __all__ = [
     "Attention",

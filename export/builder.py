@@ -17,7 +17,19 @@ import onnx_ir as ir
 from ..engine.errors import ExportError
 from .plan import Plan
 
-__all__ = ["BOOL", "DOUBLE", "FLOAT", "FLOAT16", "INT32", "INT64", "MICROSOFT", "UINT8", "GraphBuilder", "WeightsFile"]
+__all__ = [
+    "BOOL",
+    "DOUBLE",
+    "FLOAT",
+    "FLOAT16",
+    "INT32",
+    "INT64",
+    "IR_VERSION",
+    "MICROSOFT",
+    "UINT8",
+    "GraphBuilder",
+    "WeightsFile",
+]
 
 FLOAT, FLOAT16, BOOL = ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BOOL
 DOUBLE = ir.DataType.DOUBLE
@@ -25,7 +37,7 @@ INT32, INT64, UINT8 = ir.DataType.INT32, ir.DataType.INT64, ir.DataType.UINT8
 MICROSOFT = "com.microsoft"
 
 # 20 is the first operator set with Gelu(approximate="tanh"); IR version 10 is what onnxruntime 1.32 reads everywhere.
-_OPSET, _IR_VERSION = 20, 10
+_OPSET, IR_VERSION = 20, 10
 # Windows maps files at multiples of 64 KiB, Linux at pages: a tensor at such an offset is mapped, not copied.
 ALIGNMENT = 64 << 10
 # Smaller tensors are stored inside the graph file: an aligned slot each would cost more than it saves.
@@ -272,7 +284,7 @@ class GraphBuilder:
             if not value.uses():  # a table of which this graph reads only the alias
                 del self._graph.initializers[name]
         model = ir.Model(
-            self._graph, ir_version=_IR_VERSION, producer_name="siglance", metadata_props={"bundle": bundle_name}
+            self._graph, ir_version=IR_VERSION, producer_name="siglance", metadata_props={"bundle": bundle_name}
         )
         ir.save(model, path)
 

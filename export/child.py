@@ -11,7 +11,9 @@ import json
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from ..engine.errors import ExportError, SiglanceError
@@ -19,41 +21,70 @@ from ..engine.errors import ExportError, SiglanceError
 __all__ = ["in_child"]
 
 
-def in_child(function: Callable[..., Any], *arguments: Any) -> Any:
+def in_child(function: Callable[..., Any], *arguments: Any, progress: Callable[[str], None] | None = None) -> Any:
     """Call `function`, a name of a module of this package, with JSON values, and return its result.
 
+    With `progress`, the function is given another argument: what it calls with the name of a stage is called here.
     Raises ExportError with the message of an error there, or when the process was killed.
     """
-    request = {"module": function.__module__, "function": function.__name__, "arguments": arguments}
+    request = {
+        "module": function.__module__,
+        "function": function.__name__,
+        "arguments": arguments,
+        "progress": progress is not None,
+    }
     command = [sys.executable, "-P", "-m", __name__]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    reply: dict[str, Any] = {}
+    with (
+        tempfile.TemporaryFile() as remarks,
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=remarks) as process,
+    ):
         try:
-            output, remarks = process.communicate(json.dumps(request).encode())
+            _send(process, json.dumps(request).encode())
+            assert process.stdout is not None
+            for line in process.stdout:
+                if line.endswith(b"\n"):  # else it was killed in the middle of one
+                    reply = json.loads(line)
+                if progress is not None and "stage" in reply:
+                    progress(reply["stage"])
+            process.wait()
         except BaseException:
             process.kill()
             raise
+        remarks.seek(0)
+        last = remarks.read().decode(errors="replace").strip().splitlines()[-1:]
     if process.returncode == -signal.SIGKILL:
         raise ExportError(f"{function.__name__} was killed; is there enough memory?")
     if process.returncode:
-        last = remarks.decode(errors="replace").strip().splitlines()[-1:] or [f"exit status {process.returncode}"]
-        raise ExportError(f"{function.__name__} failed: {last[0]}")
-    reply = json.loads(output)
+        raise ExportError(f"{function.__name__} failed: {(last or [f'exit status {process.returncode}'])[0]}")
     if "error" in reply:
         raise ExportError(reply["error"])
     return reply["result"]
 
 
+def _send(process: subprocess.Popen[bytes], request: bytes) -> None:
+    assert process.stdin is not None
+    with suppress(BrokenPipeError):  # it ended at once: its exit status says more
+        process.stdin.write(request)
+        process.stdin.close()
+
+
+def _report(stage: str) -> None:
+    print(json.dumps({"stage": stage}), flush=True)
+
+
 def _serve() -> None:
-    """One call: the request on standard input, the reply on standard output."""
+    """One call: the request on standard input; stages, each on a line, and the reply on standard output."""
     request = json.load(sys.stdin)
     function = getattr(importlib.import_module(request["module"]), request["function"])
+    arguments = [*request["arguments"], *([_report] if request["progress"] else [])]
     try:
-        reply = {"result": function(*request["arguments"])}
+        reply = {"result": function(*arguments)}
     except ExportError as error:
         reply = {"error": str(error)}
     except SiglanceError as error:
         reply = {"error": f"the exported bundle does not run: {error}"}
-    json.dump(reply, sys.stdout)
+    print(json.dumps(reply))
 
 
 if __name__ == "__main__":

@@ -33,15 +33,20 @@ from ..engine.manifest import (
     write_manifest,
 )
 from .builder import GraphBuilder, WeightsFile
+from .calibration_run import Request, calibrate, calibrated_plan
 from .checkpoint import Checkpoint, Weights
 from .child import in_child
 from .families import ExportOptions, Facts, Family, find_family
+from .graph_losses import check_losses
 from .plan import Plan, plan_for
 from .random_checkpoint import RandomCheckpoint, RandomWeights
 from .self_check import record_self_test, special_tokens, tokenizer_ids
 from .sources import open_source
 
 __all__ = ["ExportReport", "export"]
+
+# Of a checkpoint whose matrices are not quantised.
+DEFAULT_PRECISION = "auto"
 
 _TOKEN = re.compile(r"<[^<>\s]+>")  # the tokens in what surrounds a picture, which may have line breaks in it too
 
@@ -94,17 +99,29 @@ def export(
         checkpoint = open_source(source, revision=revision, tokenizer=tokenizer)
     if checkpoint.folder is not None and output.resolve().is_relative_to(checkpoint.folder.resolve()):
         raise ExportError(f"{output} is inside the checkpoint's folder, which is only read; choose another place")
-    plan = plan_for(options.precision or ("keep" if checkpoint.quantised else "fp32"), options.target)
+    plan = plan_for(options.precision or ("keep" if checkpoint.quantised else DEFAULT_PRECISION), options.target)
     family = find_family(checkpoint.config)
     config = family.read(checkpoint.config)
     checkpoint.names()
+    # A child process opens the same files: a hub id may have been downloaded to a folder.
+    place = (str(source), checkpoint.revision) if checkpoint.folder is None else (str(checkpoint.folder), None)
+    again = _Source(*place, None if tokenizer is None else str(tokenizer))
     try:
         with _new_folder(output.parent), _temporary_sibling(output) as folder:
-            report = _write(checkpoint, family, config, options, plan, folder, name or output.name, progress)
+            report = _write(checkpoint, family, config, options, plan, again, folder, name or output.name, progress)
             folder.rename(output)
     except OSError as error:
         raise ExportError(f"the bundle cannot be written to {output.parent}: {error}") from None
     return dataclasses.replace(report, folder=output)
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """How a child process opens the checkpoint again."""
+
+    source: str
+    revision: str | None
+    tokenizer: str | None
 
 
 @contextmanager
@@ -136,30 +153,33 @@ def _write(
     config: Any,
     options: ExportOptions,
     plan: Plan,
+    source: _Source,
     folder: Path,
     name: str,
     progress: Callable[[str], None],
 ) -> ExportReport:
     progress("tokenizer")
     texts = checkpoint.write_texts(folder)
-    progress("weights")
+    request = Request(
+        **dataclasses.asdict(source),
+        precision=plan.precision,
+        target=options.target,
+        context=options.context,
+        folder=str(folder),
+        template=texts.get("chat_template"),
+        begin=_begin(checkpoint),
+    )
     random = isinstance(checkpoint, RandomCheckpoint)
     weights = RandomWeights(checkpoint) if random else Weights(checkpoint, family.prefixes)
-    summaries = {}
-    with WeightsFile(folder / "weights.bin") as data:
-        for graph_name, build in family.graphs(config).items():
-            progress(graph_name)
-            graph = GraphBuilder(graph_name, data, plan)
-            build(graph, weights, config, options)
-            graph.save(folder / f"{graph_name}.onnx", name)
-            summaries[graph_name] = graph.summary()
+    with _calibrated(plan, None if random else request, folder.parent, progress) as (plan, calibration):
+        summaries, weights_fact = _write_graphs(family, weights, config, options, plan, folder, name, progress)
     facts = family.finish(checkpoint, weights, config, options)
     weights.check_all_used()
     if facts.layout == "media_first" and "chat_template" in texts:
         # The model has no turns; a repository may carry a template all the same.
         (folder / texts.pop("chat_template")).unlink()
     files = {graph_name: _file_fact(folder / f"{graph_name}.onnx") for graph_name in summaries}
-    files["weights"] = FileFact(path="weights.bin", size=data.path.stat().st_size, sha256=data.sha256)
+    files["weights"] = weights_fact
     files |= {key: _file_fact(folder / file) for key, file in texts.items()}
     facts = _without_missing_videos(facts, folder)
     manifest = _manifest(checkpoint, family, options, plan, facts, files, folder, name)
@@ -167,11 +187,19 @@ def _write(
     # The manifest travels as text; its file is written last, so that a killed export leaves no siglance.json.
     # Blocks are multiplied as they are only after packing; float weights stay mapped instead of being copied.
     prepack = plan.decoder_bits < 16 or plan.keep
-    self_test = in_child(record_self_test, str(folder), write_manifest(manifest), prepack)
-    (folder / "self_test.json").write_text(self_test, encoding="utf-8")
-    (folder / "export.json").write_text(
-        json.dumps(_provenance(checkpoint, options, plan, summaries, facts), indent=1) + "\n"
+    compared = plan.precision != "fp32" and not random
+    request = dataclasses.replace(request, template=texts.get("chat_template"))
+    tried = in_child(
+        record_self_test,
+        *(str(folder), write_manifest(manifest), prepack),
+        dataclasses.asdict(request) if compared else None,
     )
+    if not options.accept_loss:
+        check_losses(tried["graphs"])
+    summaries = {key: facts | tried["graphs"].get(key, {}) for key, facts in summaries.items()}
+    (folder / "self_test.json").write_text(tried["self_test"], encoding="utf-8")
+    provenance = _provenance(checkpoint, options, plan, summaries, facts) | {"calibration": calibration}
+    (folder / "export.json").write_text(json.dumps(provenance, indent=1) + "\n")
     files |= {key: _file_fact(folder / f"{key}.json") for key in ("self_test", "export")}
     (folder / MANIFEST_NAME).write_text(write_manifest(dataclasses.replace(manifest, files=files)), encoding="utf-8")
     return ExportReport(
@@ -182,6 +210,49 @@ def _write(
         left_out=facts.left_out,
         total_bytes=sum(path.stat().st_size for path in folder.iterdir()),
     )
+
+
+@contextmanager
+def _calibrated(
+    plan: Plan, request: Request | None, folder: Path, progress: Callable[[str], None]
+) -> Iterator[tuple[Plan, dict[str, Any] | None]]:
+    """The plan with what calibration finds, and its report; None where there is nothing to calibrate.
+
+    Blocks stand in files inside `folder` until the end of the context.
+    """
+    if not plan.measured_bits:
+        yield plan, None
+        return
+    if request is None:
+        yield plan, {"skipped": "the weights are random: 4 bits everywhere, not calibrated"}
+        return
+    with tempfile.TemporaryDirectory(dir=folder, prefix="calibration.") as temporary:
+        report = in_child(calibrate, dataclasses.asdict(request), temporary, progress=progress)
+        plan = calibrated_plan(plan, report)
+        yield plan, {key: value for key, value in report.items() if key != "spans"}
+
+
+def _write_graphs(
+    family: Family,
+    weights: Weights,
+    config: Any,
+    options: ExportOptions,
+    plan: Plan,
+    folder: Path,
+    name: str,
+    progress: Callable[[str], None],
+) -> tuple[dict[str, dict[str, Any]], FileFact]:
+    """Write all graphs and the file of their weights; returns summaries of the graphs by name."""
+    summaries = {}
+    progress("weights")
+    with WeightsFile(folder / "weights.bin") as data:
+        for graph_name, build in family.graphs(config).items():
+            progress(graph_name)
+            graph = GraphBuilder(graph_name, data, plan)
+            build(graph, weights, config, options)
+            graph.save(folder / f"{graph_name}.onnx", name)
+            summaries[graph_name] = graph.summary()
+    return summaries, FileFact(path="weights.bin", size=data.path.stat().st_size, sha256=data.sha256)
 
 
 def _without_missing_videos(facts: Facts, folder: Path) -> Facts:
@@ -208,10 +279,7 @@ def _manifest(
 ) -> Manifest:
     text = checkpoint.config.get("text_config") or checkpoint.config
     generation = checkpoint.json("generation_config.json")
-    begin = checkpoint.json("tokenizer_config.json").get("bos_token") or "<bos>"
-    begin = begin.get("content") if isinstance(begin, dict) else begin
-    if not isinstance(begin, str):
-        raise ExportError(f"tokenizer_config.json: bos_token {begin!r} is not a token")
+    begin = _begin(checkpoint)
     prompt = PromptFacts(
         begin=begin,
         layout=facts.layout,
@@ -254,6 +322,15 @@ def _manifest(
         state=facts.state,
         sampling=_sampling(generation),
     )
+
+
+def _begin(checkpoint: Checkpoint) -> str:
+    """The token in front of every prompt."""
+    begin = checkpoint.json("tokenizer_config.json").get("bos_token") or "<bos>"
+    begin = begin.get("content") if isinstance(begin, dict) else begin
+    if not isinstance(begin, str):
+        raise ExportError(f"tokenizer_config.json: bos_token {begin!r} is not a token")
+    return begin
 
 
 def _sampling(generation: dict[str, Any]) -> SamplingFacts:

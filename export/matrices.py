@@ -1,4 +1,4 @@
-"""Matrix products and lookup tables of graphs, in the storage format that the plan gives each matrix.
+"""Matrix products of graphs, in the storage format that the plan gives each matrix.
 
 Formats: float32 (transposed, for MatMul), float16, or blocks of 8 or 4 bits with a scale each (MatMulNBits; embedding
 tables are read by GatherBlockQuantized from the same bytes).
@@ -11,28 +11,27 @@ outputs of norms) need no factor, or a constant one; others get theirs from thei
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 
 from ..engine.errors import ExportError
 from ..kernels.quantize import Blocks, quantize
-from .builder import FLOAT, FLOAT16, INT64, MICROSOFT, UINT8, GraphBuilder
-from .checkpoint import SLICE_BYTES, Weights
+from .builder import FLOAT, FLOAT16, MICROSOFT, UINT8, GraphBuilder
+from .checkpoint import Weights
 from .plan import Storage
 
 __all__ = [
-    "Table",
+    "as_half",
+    "block_product",
+    "block_weights",
     "clipped_linear",
     "constant_scale",
     "fused_linear",
+    "half_product",
+    "largest_row",
     "linear",
-    "logits",
-    "lookup",
     "scalar",
-    "stack_product",
-    "table",
     "to_float",
 ]
 
@@ -111,12 +110,17 @@ def fused_linear(
         return matrix if order is None else matrix[order]
 
     def ready(storage: Storage) -> Blocks | None:
+        if span.blocks is not None:
+            for name, _ in parts:
+                weights.shape(name)  # counts as used
+            return span.blocks.load()
         packed = kept or [weights.random_blocks(name, (count, width), storage) for name, count in parts]
         blocks = [part for part in packed if part is not None]
         return _join(blocks, order) if blocks else None
 
-    storage = Storage(*formats.pop()) if formats else graph.plan.storage(graph.name, width)
     count = sum(count for _, count in parts) if order is None else len(order)
+    [span] = graph.plan.spans(graph.name, key, (count, width))
+    storage = Storage(*formats.pop()) if formats else span.storage
     return _product(graph, x, key, (count, width), storage, rows, ready)
 
 
@@ -175,11 +179,11 @@ def _product(
 
         def halves() -> Iterator[np.ndarray]:
             matrix = read()
-            graph.record(key, _largest_row(matrix))
-            yield _as_half(key, matrix.T)
+            graph.record(key, largest_row(matrix))
+            yield as_half(key, matrix.T)
 
         matrix = graph.weight(f"{key}.transposed", shape[::-1], halves, FLOAT16)
-        return _half_product(graph, x, key, lambda half: graph.op("MatMul", half, matrix, name=name))
+        return half_product(graph, x, key, lambda half: graph.op("MatMul", half, matrix, name=name))
 
     def packed() -> Iterator[Blocks]:
         blocks = ready(storage)
@@ -214,10 +218,10 @@ def block_product(
             accuracy_level=graph.plan.accuracy_level,
         )
 
-    return _half_product(graph, x, key, multiply) if graph.plan.half else multiply(to_float(graph, x))
+    return half_product(graph, x, key, multiply) if graph.plan.half else multiply(to_float(graph, x))
 
 
-def _half_product(graph: GraphBuilder, x: ir.Value, key: str, multiply: Callable[[ir.Value], ir.Value]) -> ir.Value:
+def half_product(graph: GraphBuilder, x: ir.Value, key: str, multiply: Callable[[ir.Value], ir.Value]) -> ir.Value:
     """`multiply` in float16, with an input scaled so that no product can overflow."""
     if graph.is_half(x):
         return graph.op("Cast", multiply(x), to=int(FLOAT))  # the mean of values: see `blocks.attention`
@@ -231,14 +235,14 @@ def _half_product(graph: GraphBuilder, x: ir.Value, key: str, multiply: Callable
     return graph.op("Mul", graph.op("Cast", product, to=int(FLOAT)), factor, name="rescale")
 
 
-def _as_half(key: str, values: np.ndarray) -> np.ndarray:
+def as_half(key: str, values: np.ndarray) -> np.ndarray:
     largest, limit = float(np.abs(values).max(initial=0.0)), float(np.finfo(np.float16).max)
     if not largest <= limit:
         raise ExportError(f"weight {key!r} has an entry of {largest:g}; float16 ends at {limit:g}")
     return values.astype(np.float16)
 
 
-def _largest_row(matrix: np.ndarray) -> float:
+def largest_row(matrix: np.ndarray) -> float:
     """The largest Euclidean length of a row."""
     return float(np.sqrt(np.einsum("ij,ij->i", matrix, matrix).max()))
 
@@ -257,7 +261,7 @@ def block_weights(
     def codes() -> Iterator[np.ndarray]:
         largest = 0.0
         for blocks in packed():
-            scales.append(_as_half(f"{key}.scales", blocks.scales) if graph.plan.half else blocks.scales)
+            scales.append(as_half(f"{key}.scales", blocks.scales) if graph.plan.half else blocks.scales)
             if graph.plan.half:
                 # |row| <= sqrt(sum over blocks of block * (largest code * scale)^2)
                 peak = np.sqrt(storage.block) * 2 ** (storage.bits - 1)
@@ -277,127 +281,3 @@ def _join(blocks: list[Blocks], order: np.ndarray | None) -> Blocks:
     if order is not None:
         codes, scales = codes[order], scales[order]
     return Blocks(blocks[0].bits, blocks[0].block, codes, scales)
-
-
-# --- lookup tables and the head
-
-
-@dataclass(frozen=True, slots=True)
-class Table:
-    """A table [rows, columns] in the weights file: floats, or codes and scales.
-
-    A stack of matrices of one shape is a table of all their rows, one matrix after the other.
-    """
-
-    key: str
-    shape: tuple[int, int]
-    storage: Storage
-    values: ir.Value
-    scales: ir.Value | None = None
-    stack: int = 1
-
-
-def table(
-    graph: GraphBuilder, weights: Weights, key: str, name: str, shape: tuple[int, int], stack: int | None = None
-) -> Table:
-    """The checkpoint's `name`, stored once under `key` for all graphs that use it.
-
-    With `stack` the checkpoint has that many matrices of `shape`, as one tensor [stack, rows, columns].
-    """
-    stored = shape if stack is None else (stack, *shape)
-    stack = stack or 1
-    shape = (stack * shape[0], shape[1])
-
-    def slices() -> Iterator[np.ndarray]:
-        return (part.reshape(-1, shape[1]) for part in weights.read_rows(name, stored))
-
-    kept = weights.blocks(name, shape) if graph.plan.keep else None
-    storage = Storage(kept.bits, kept.block) if kept is not None else graph.plan.storage(graph.name, shape[1])
-    if storage.block:
-
-        def packed() -> Iterator[Blocks]:
-            if kept is not None:
-                yield kept
-                return
-            if not weights.random:
-                yield from (quantize(rows, storage.bits, storage.block) for rows in slices())
-                return
-            step = max(1, SLICE_BYTES // (4 * shape[1]))
-            for start in range(0, shape[0], step):
-                blocks = weights.random_blocks(name, (min(step, shape[0] - start), shape[1]), storage)
-                assert blocks is not None
-                yield blocks
-
-        return Table(key, shape, storage, *block_weights(graph, key, shape, storage, packed), stack)
-    if storage.bits == 16:
-
-        def halves() -> Iterator[np.ndarray]:
-            largest = 0.0
-            for rows in slices():
-                largest = max(largest, _largest_row(rows))
-                yield _as_half(key, rows)
-            graph.record(key, largest)
-
-        return Table(key, shape, storage, graph.weight(key, shape, halves, FLOAT16), stack=stack)
-    return Table(key, shape, storage, graph.weight(key, shape, slices), stack=stack)
-
-
-def lookup(graph: GraphBuilder, table: Table, ids: ir.Value, name: str) -> ir.Value:
-    """Rows `ids` of the table, float32 [..., columns]."""
-    return to_float(graph, _rows(graph, table, ids, name))
-
-
-def _rows(graph: GraphBuilder, table: Table, ids: ir.Value, name: str) -> ir.Value:
-    """Rows `ids` of the table, float16 if that is what it stores or what the graph multiplies."""
-    if table.scales is None:
-        rows = graph.op("Gather", table.values, ids, name=name)
-        return graph.mark_half(rows) if table.storage.bits == 16 else rows
-    rows = graph.op(
-        "GatherBlockQuantized",
-        *(graph.alias(table.values, f"{table.key}.rows", (table.shape[0], -1)), ids, table.scales),
-        domain=MICROSOFT,
-        name=name,
-        bits=table.storage.bits,
-        block_size=table.storage.block,
-        gather_axis=0,
-        quantize_axis=1,
-    )
-    return graph.mark_half(rows) if graph.plan.half else rows
-
-
-def stack_product(graph: GraphBuilder, x: ir.Value, table: Table, index: ir.Value, name: str) -> ir.Value:
-    """x [n, in] times the transpose of matrix `index` (int64 []) of a stack: float32 [n, out].
-
-    The matrix is turned into floats before the product: MatMulNBits takes ten times as long for a matrix that it could
-    not prepare when the session was made.
-    """
-    count = table.shape[0] // table.stack
-    first = graph.op("Mul", index, graph.constant(np.array(count, np.int64), f"{name}.count"))
-    every = graph.weight(f"range.{count}", (count,), lambda: [np.arange(count, dtype=np.int64)], INT64)
-    matrix = _rows(graph, table, graph.op("Add", first, every), f"{name}.rows")
-
-    def multiply(value: ir.Value) -> ir.Value:
-        return graph.op("Gemm", value, matrix, transB=1, name=name)
-
-    if graph.is_half(matrix):
-        return _half_product(graph, x, table.key, multiply)
-    return multiply(to_float(graph, x))
-
-
-def logits(graph: GraphBuilder, x: ir.Value, table: Table, soft_cap: float | None) -> None:
-    """Logits of rows [1, k, D] against the (usually tied) table [V, D], and the graph's output `logits` [k, V]."""
-    flat = graph.op("Reshape", x, graph.constant(np.array([-1, table.shape[1]], np.int64), "rows_shape"))
-    graph.set_bound(flat, graph.bound(x))
-    if table.scales is not None:
-        scales = table.scales
-        output = block_product(graph, flat, table.key, table.shape, table.storage, table.values, scales, "lm_head")
-    else:
-        # transB reads the embedding table as it is stored: a tied head costs no second copy.
-        def multiply(value: ir.Value) -> ir.Value:
-            return graph.op("Gemm", value, table.values, transB=1, name="lm_head")
-
-        output = _half_product(graph, flat, table.key, multiply) if table.storage.bits == 16 else multiply(flat)
-    if soft_cap is not None:
-        capped = graph.op("Tanh", constant_scale(graph, output, 1.0 / soft_cap, "soft_cap_in"))
-        output = constant_scale(graph, capped, soft_cap, "soft_cap_out")
-    graph.output(output, "logits", FLOAT, ["logit_rows", table.shape[0]])

@@ -6,11 +6,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from ..engine.bundle import Bundle
 from ..engine.errors import ExportError
 from ..engine.manifest import read_manifest
 from ..engine.self_test import record
+from .calibration_run import Request
+from .graph_losses import measure_losses
 
 __all__ = ["record_self_test", "special_tokens", "tokenizer_ids"]
 
@@ -38,6 +41,9 @@ def special_tokens(path: str) -> list[str]:
     return sorted(token.content for token in added if token.special)
 
 
-def record_self_test(folder: str, manifest: str, prepack: bool) -> str:
-    """Run the bundle in `folder`, whose manifest has this text, and return the text of its self_test.json."""
-    return json.dumps(record(Bundle(Path(folder), read_manifest(manifest)), prepack=prepack), indent=1) + "\n"
+def record_self_test(folder: str, manifest: str, prepack: bool, request: dict[str, Any] | None) -> dict[str, Any]:
+    """Run the bundle in `folder`, whose manifest has this text: the text of its self_test.json, and with a request to
+    compare it with the float32 model what each of its graphs loses."""
+    bundle = Bundle(Path(folder), read_manifest(manifest))
+    losses = {} if request is None else measure_losses(bundle, Request(**request), prepack)
+    return {"self_test": json.dumps(record(bundle, prepack=prepack), indent=1) + "\n", "graphs": losses}

@@ -14,7 +14,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["BLOCK_SIZES", "Blocks", "dequantize", "fit_scales", "pack", "quantize", "round_codes", "unpack"]
+__all__ = [
+    "BLOCK_SIZES",
+    "Blocks",
+    "dequantize",
+    "fit_scales",
+    "pack",
+    "plain_scales",
+    "quantize",
+    "round_codes",
+    "unpack",
+]
 
 BLOCK_SIZES = (16, 32, 64, 128, 256)  # what MatMulNBits reads
 
@@ -123,12 +133,9 @@ def fit_scales(values: np.ndarray, bits: int, importance: np.ndarray | None = No
 
     `importance`, broadcast against `values`, weighs the errors. Raises ValueError for values that are not finite.
     """
-    at = np.abs(values).argmax(-1)[..., None]
-    largest = np.take_along_axis(values, at, -1)[..., 0]
-    if not np.isfinite(largest).all():
-        raise ValueError("the matrix has values that are not finite")
+    scales = plain_scales(values, bits)
+    largest = scales * np.float32(_PLACES[bits][0])
     root = None if importance is None else np.sqrt(importance, dtype=np.float32)
-    scales = (largest / np.float32(_PLACES[bits][0])).astype(np.float32)
     errors, codes = _errors(values, scales, largest, bits, root)
     for place in _PLACES[bits][1:]:
         _keep_better(values, scales, errors, codes, largest / np.float32(place), largest, bits, root)
@@ -136,6 +143,18 @@ def fit_scales(values: np.ndarray, bits: int, importance: np.ndarray | None = No
         fitted = _least_squares(values, codes, scales, importance)
         _keep_better(values, scales, errors, codes, fitted, largest, bits, root)
     return _restore(values, scales, errors, bits)
+
+
+def plain_scales(values: np.ndarray, bits: int) -> np.ndarray:
+    """The scales float32 [...] of plain rounding: the largest weight of a block [..., n] takes the last code.
+
+    Raises ValueError for values that are not finite.
+    """
+    at = np.abs(values).argmax(-1)[..., None]
+    largest = np.take_along_axis(values, at, -1)[..., 0]
+    if not np.isfinite(largest).all():
+        raise ValueError("the matrix has values that are not finite")
+    return (largest / np.float32(_PLACES[bits][0])).astype(np.float32)
 
 
 def _keep_better(

@@ -10,6 +10,7 @@ import pytest
 
 from siglance.engine.bundle import Bundle
 from siglance.engine.runtime import Runtime
+from siglance.export import exporter
 from siglance.export.exporter import export
 
 from . import tiny, tiny_gemma4_audio, tiny_gemma4_large, tiny_siglip
@@ -29,6 +30,14 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory):
     """Tests neither read nor write the user's cache folder."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SIGLANCE_HOME", str(tmp_path_factory.mktemp("siglance-home")))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _exact_exports():
+    """Exports of tests that do not name a precision are exact; tests/test_calibration.py looks at the real default."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exporter, "DEFAULT_PRECISION", "fp32")
         yield
 
 

@@ -163,7 +163,8 @@ def test_no_space_at_any_point_leaves_nothing(checkpoint, tmp_path):
         def limited(limit=limit) -> None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
-        done = exporting(CLI, "export", checkpoint, "-o", tmp_path / "new" / "bundle", preexec_fn=limited)
+        arguments = ("export", checkpoint, "-o", tmp_path / "new" / "bundle", "--precision", "fp32")
+        done = exporting(CLI, *arguments, preexec_fn=limited)
         assert done.returncode == 1
         [line] = done.stderr.strip().splitlines()
         assert line.startswith(f"siglance: the bundle cannot be written to {tmp_path / 'new'}")
@@ -208,23 +209,26 @@ def test_control_c_at_any_stage_leaves_nothing(source, tmp_path, stage):
 
 # The terminal sends the signal to all processes of its group; here the exporter does, once its child is there.
 INTERRUPTED = """
-import os, signal, subprocess
+import os, signal
 from siglance.engine import cli
 from siglance.export import child
 
-class Interrupted(subprocess.Popen):
-    def communicate(self, *arguments, **options):
-        if b"record_self_test" in arguments[0]:
-            os.killpg(os.getpgid(0), signal.SIGINT)
-        return super().communicate(*arguments, **options)
+send = child._send
 
-child.subprocess.Popen = Interrupted
+def interrupt(process, request):
+    if b"%s" in request:
+        os.killpg(os.getpgid(0), signal.SIGINT)
+    send(process, request)
+
+child._send = interrupt
 cli.main()
 """
 
 
-def test_control_c_in_a_terminal_while_the_new_bundle_is_tried(checkpoint, tmp_path):
-    done = exporting(INTERRUPTED, "export", checkpoint, "-o", tmp_path / "new" / "bundle", start_new_session=True)
+@pytest.mark.parametrize("work", ["calibrate", "record_self_test"])
+def test_control_c_in_a_terminal_while_a_child_process_works(work, checkpoint, tmp_path):
+    arguments = ("export", checkpoint, "-o", tmp_path / "new" / "bundle", "--precision", "int4")
+    done = exporting(INTERRUPTED % work, *arguments, start_new_session=True)
     assert done.returncode == 130
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "new").exists()

@@ -34,12 +34,14 @@ __all__ = ["ConfigReader", "ExportOptions", "Facts", "Family", "families", "find
 class ExportOptions:
     """What the caller chose. `context` is the number of tokens that prompt and reply may have together.
 
-    `precision` None is the default of the source: "keep" for a file whose matrices are quantised, else "fp32".
+    `precision` None is the default of the source: "keep" for a file whose matrices are quantised, else "auto".
+    `accept_loss` writes a bundle even if it has little to do with the model any more.
     """
 
     precision: str | None = None
     target: str = "cpu"
     context: int = 32768
+    accept_loss: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -162,8 +162,8 @@ def _embed(graph: GraphBuilder, weights: Weights, config: SiglipConfig) -> ir.Va
     )
     side = graph.constant(np.array(config.side, np.int64), "side")
     place = graph.op("Add", graph.op("Mul", rows, side), columns, name="place")
-    name, size = "vision.embeddings.position_embedding.weight", (config.side**2, config.hidden)
-    table = graph.weight(name, size, lambda: [weights.read(name, size)])
+    key, size = "vision.embeddings.position_embedding.weight", (config.side**2, config.hidden)
+    table = graph.weight(key, size, lambda: [weights.read(key, size)])
     x = graph.op("Add", x, graph.op("Gather", table, place, name="position"))
     return graph.op("Unsqueeze", x, graph.constant(np.array([0], np.int64), "batch_axis"))
 

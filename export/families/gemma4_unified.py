@@ -38,13 +38,13 @@ def build_vision(graph: GraphBuilder, weights: Weights, config: Config, options:
     x = _layer_norm(graph, weights, raw, "patch_ln1", values, LAYER_NORM_EPSILON * 255.0**2)
     x = blocks.linear(graph, x, weights, "embedder.patch_dense.weight", (vision.hidden, values), bias=True)
     x = _layer_norm(graph, weights, x, "patch_ln2", vision.hidden)
-    shape = (vision.table, 2, vision.hidden)
+    places = (vision.table, 2, vision.hidden)
     for axis, name in enumerate(("x", "y")):
         index = graph.op("Gather", positions, graph.constant(np.array(axis, np.int64), name), axis=1, name=name)
         table = graph.weight(
             f"embedder.pos_embedding.{axis}",
             (vision.table, vision.hidden),
-            lambda axis=axis: [weights.read("embedder.pos_embedding", shape)[:, axis]],
+            lambda axis=axis: [weights.read("embedder.pos_embedding", places)[:, axis]],
         )
         x = graph.op("Add", x, graph.op("Gather", table, index, name=f"position_{axis}"))
     x = _layer_norm(graph, weights, x, "pos_norm", vision.hidden)

@@ -132,7 +132,7 @@ class Bench:
             return dataclasses.replace(family, graphs=some)
 
         def in_process(function: Callable[..., Any], *arguments: Any) -> Any:
-            return function(*arguments) if function is tokenizer_ids else "{}"
+            return function(*arguments) if function is tokenizer_ids else {"self_test": "{}", "graphs": {}}
 
         patch.setattr(exporter, "find_family", find_some)
         patch.setattr(exporter, "in_child", in_process)

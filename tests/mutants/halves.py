@@ -49,13 +49,13 @@ MUTANTS = [
     ),
     *(
         Mutant(
-            HALVES, layout, "products are not scaled", replaced(matrices, "_half_product", _plain_product), HALF_LOGITS
+            HALVES, layout, "products are not scaled", replaced(matrices, "half_product", _plain_product), HALF_LOGITS
         )
         for layout in ("Gemma 3, gated product", "Gemma 3, norm output")
     ),
     Mutant(
         *(HALVES, "12B, large embedder", "products are not scaled"),
-        *(replaced(matrices, "_half_product", _plain_product), HALF_SOFT_TOKENS),
+        *(replaced(matrices, "half_product", _plain_product), HALF_SOFT_TOKENS),
         refusal=NOT_FINITE,
     ),
     Mutant(
