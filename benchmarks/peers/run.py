@@ -15,6 +15,7 @@ import math
 import statistics
 import sys
 import time
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from tokenizers import Tokenizer
 from siglance.engine.bench.report import machine
 from siglance.engine.graph import usable_cores
 
+_WARM_UP = 8  # tokens
 CHUNK = 512  # tokens of a chunk whose second half is scored
 _WORDS = (
     "The quick brown fox jumps over the lazy dog while seven wizards quietly mix a large pot of soup for people who "
@@ -57,29 +59,42 @@ def main() -> None:
     tokenizer = Tokenizer.from_file(str(options.checkpoint / "tokenizer.json"))
     failures: dict[str, str] = {}
     workers = {name: worker for name in names if (worker := _started(name, sources, failures)) is not None}
+    earlier = _earlier(options)
     results = {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "machine": machine() | {"threads": sources.threads},
         "new_tokens": options.new_tokens,
-        "rounds": options.rounds,
         "baseline": options.baseline,
-        "engines": {
-            name: {"versions": one.versions, "load_seconds": one.load_seconds} for name, one in workers.items()
-        },
+        "engines": earlier.get("engines", {}),
         "unavailable": failures,
-        "runs": _measure(workers, tokenizer, options, failures),
+        "runs": earlier.get("runs", []),
     }
+    for name, worker in workers.items():
+        facts = results["engines"].setdefault(name, {})
+        facts |= {"versions": worker.versions, "load_seconds": worker.load_seconds}
+    for runs in _rounds(workers, tokenizer, options, failures, results["runs"]):
+        results["runs"] += runs
+        _write(results, options.out)
     for name, worker in workers.items():
         if name not in failures:
             results["engines"][name] |= worker.ask("memory")
             if options.text is not None:
                 results["engines"][name] |= _score(worker, tokenizer, options.text)
             worker.close()
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    table = markdown(results)
-    options.out.with_suffix(".md").write_text(table, encoding="utf-8")
-    print(table)
+    _write(results, options.out)
+    print(markdown(results))
+
+
+def _earlier(options: argparse.Namespace) -> dict[str, Any]:
+    """The results that --add goes on from."""
+    path = options.out.with_suffix(".json")
+    return json.loads(path.read_text(encoding="utf-8")) if options.add and path.is_file() else {}
+
+
+def _write(results: dict[str, Any], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    path.with_suffix(".md").write_text(markdown(results), encoding="utf-8")
 
 
 def _arguments() -> argparse.Namespace:
@@ -106,6 +121,7 @@ def _arguments() -> argparse.Namespace:
         help=f"an environment that is there already, for {', '.join(ENVIRONMENTS)}; repeatable",
     )
     parser.add_argument("--prepare", action="store_true", help="only build environments and models")
+    parser.add_argument("--add", action="store_true", help="add rounds and engines to the results that are there")
     parser.add_argument("--out", type=Path, default=Path("peers"), help="results, without an ending")
     options = parser.parse_args()
     if max(options.prompt_tokens) + options.new_tokens > options.context:
@@ -131,36 +147,34 @@ def _started(name: str, sources: Sources, failures: dict[str, str]) -> Worker | 
         return None
 
 
-def _measure(
-    workers: dict[str, Worker], tokenizer: Tokenizer, options: argparse.Namespace, failures: dict[str, str]
-) -> list[dict[str, Any]]:
-    """Runs of every engine, one after the other, for each prompt."""
-    generator = np.random.default_rng(0)
+def _rounds(
+    workers: dict[str, Worker],
+    tokenizer: Tokenizer,
+    options: argparse.Namespace,
+    failures: dict[str, str],
+    earlier: list[dict[str, Any]],
+) -> Iterator[list[dict[str, Any]]]:
+    """The runs of each round: every engine, one after the other, for each prompt. Before the first is a warm-up."""
+    start = max((run["round"] + 1 for run in earlier), default=0)
+    generator = np.random.default_rng(start)
     first, *words = tokenizer.encode(_WORDS).ids
-    runs = []
-    for round in range(-1, options.rounds):  # the first is a warm-up
+    for round in range(start - 1 if options.rounds else start, start + options.rounds):
+        runs = []
         for tokens in options.prompt_tokens:
             ids = [first, *generator.choice(words, tokens - 1).tolist()]
             for name, worker in workers.items():
                 if name in failures:
                     continue
                 try:
-                    found = worker.ask("run", ids=ids, steps=options.new_tokens if round >= 0 else 8)
+                    found = worker.ask("run", ids=ids, steps=options.new_tokens if round >= start else _WARM_UP)
                 except Unavailable as error:
                     failures[name] = str(error)
                     continue
-                if round >= 0:
-                    runs.append(
-                        {
-                            "engine": name,
-                            "round": round,
-                            "prompt_tokens": tokens,
-                            "prefill": tokens / found["prefill"],
-                            "decode": len(found["steps"]) / sum(found["steps"]),
-                            "first_tokens": found["tokens"][:8],
-                        }
-                    )
-    return runs
+                facts = {"engine": name, "round": round, "prompt_tokens": tokens}
+                facts |= {"prefill": tokens / found["prefill"], "decode": len(found["steps"]) / sum(found["steps"])}
+                runs.append(facts | {"first_tokens": found["tokens"][:8]})
+        if round >= start:
+            yield runs
 
 
 def _score(worker: Worker, tokenizer: Tokenizer, text: Path) -> dict[str, Any]:
@@ -185,8 +199,9 @@ def markdown(results: dict[str, Any]) -> str:
     known = {f"{key} {value}" for facts in results["engines"].values() for key, value in facts["versions"].items()}
     place = results["machine"]
     versions = ", ".join(sorted(known))
+    rounds = len({run["round"] for run in results["runs"]})
     notes = [
-        f"Tokens a second, median of {results['rounds']} alternating rounds (smallest - largest), behind it the ratio "
+        f"Tokens a second, median of {rounds} alternating rounds (smallest - largest), behind it the ratio "
         f"to {results['baseline']} in the same rounds; {results['new_tokens']} tokens decoded.",
         f"{place['cpu']}, {place['threads']} threads, {place['platform']}; {results['date']}; {versions}.",
         *(f"{name}: {reason}" for name, reason in results["unavailable"].items()),
