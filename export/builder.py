@@ -289,15 +289,20 @@ class GraphBuilder:
         ir.save(model, path)
 
     def summary(self) -> dict[str, Any]:
-        """Number of nodes and bytes of initializers, in all and by dtype, for the export report."""
+        """Number of nodes and bytes of initializers, in all and by dtype, for the export report.
+
+        Products of blocks also say how they round what they multiply: MatMulNBits' accuracy_level.
+        """
         dtypes: dict[str, int] = {}
         for value in self._graph.initializers.values():
             tensor = value.const_value
             assert tensor is not None
             name = tensor.dtype.name.lower()
             dtypes[name] = dtypes.get(name, 0) + tensor.nbytes
-        nodes = sum(1 for _ in ir.traversal.RecursiveGraphIterator(self._graph))
-        return {"nodes": nodes, "weight_bytes": sum(dtypes.values()), "dtypes": dtypes}
+        nodes = list(ir.traversal.RecursiveGraphIterator(self._graph))
+        levels = {node.attributes["accuracy_level"].as_int() for node in nodes if node.op_type == "MatMulNBits"}
+        summary = {"nodes": len(nodes), "weight_bytes": sum(dtypes.values()), "dtypes": dtypes}
+        return summary | ({"accuracy_levels": sorted(levels)} if levels else {})
 
     def _initializer(self, name: str, tensor: ir.TensorProtocol) -> ir.Value:
         value = ir.Value(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import onnx
 import onnxruntime
@@ -39,6 +41,19 @@ def test_one_channel_a_hundred_times_the_others(bits, axis):
 
     assert error(stored) < {4: 0.1, 8: 0.008}[bits]
     assert error(per_tensor(matrix, bits)) > {4: 0.9, 8: 0.2}[bits]
+
+
+def test_the_level_of_products_is_in_the_report(tmp_path):
+    """Case 19: level 4 rounds what is multiplied too, which changes greedy replies, and the bundle says so."""
+    tiny.write_gemma4(tmp_path / "checkpoint")
+    for precision, levels in (("fp32", None), ("int4", [4])):
+        report = export(tmp_path / "checkpoint", tmp_path / precision, ExportOptions(precision=precision))
+        written = json.loads((tmp_path / precision / "export.json").read_text())["graphs"]
+        nodes = onnx.load(tmp_path / precision / "decoder.onnx", load_external_data=False).graph.node
+        found = {one.i for node in nodes for one in node.attribute if one.name == "accuracy_level"}
+        assert found == set(levels or [])
+        for name in ("vision", "decoder"):
+            assert written[name].get("accuracy_levels") == report.graphs[name].get("accuracy_levels") == levels
 
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])
