@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from threading import Lock
 from typing import TYPE_CHECKING
 
+from .calls import ToolChoice
 from .decoding import Rules, make_rules
 from .encoding import encoded_picture, encoded_sound
 from .errors import InputError, PromptError
@@ -49,6 +50,7 @@ class Chat:
         max_tokens: int,
         image_tokens: int | None = None,
         tools: Sequence[ToolLike] = (),
+        tool_choice: ToolChoice = "auto",
         thinking: bool = False,
         cache: bool = True,
     ):
@@ -60,7 +62,9 @@ class Chat:
         self._engine = engine
         self._sampling = sampling
         self._max_tokens = max_tokens
-        self._layout = Layout(tools=tuple(tools), thinking=thinking)
+        self._tools = tuple(tools)
+        self._tool_choice = tool_choice
+        self._thinking = thinking
         self._cache = cache
         self._turns: tuple[Turn, ...] = ()
         self._pin: Pin | None = None  # holds the states of the latest turn in the engine's cache
@@ -91,6 +95,7 @@ class Chat:
         stop_ids: Collection[int] = (),
         format: Grammar | None = None,
         logprobs: int | None = None,
+        tool_choice: ToolChoice | None = None,
     ) -> Generator[Chunk, None, None]:
         """Say something and get the reply in chunks; the last carries the whole reply, and the turn is over then.
 
@@ -105,6 +110,7 @@ class Chat:
             stop_ids: tokens that end the answer, besides the bundle's own.
             format: the form of the answer.
             logprobs: see `Engine.stream`.
+            tool_choice: see `Engine.stream`; None is the chat's.
 
         Raises InputError and ModelOutputError like `Engine.stream`, and InputError while another reply is streaming.
         """
@@ -113,7 +119,8 @@ class Chat:
             rules = make_rules(
                 engine.manifest,
                 engine.runtime.vocabulary,
-                engine._constraints.compile,
+                engine._constraints,
+                engine._markers,
                 sampling=self._sampling if sampling is None else sampling,
                 max_tokens=self._max_tokens if max_tokens is None else max_tokens,
                 stop=stop,
@@ -121,8 +128,10 @@ class Chat:
                 format=format,
                 candidates=1,
                 logprobs=logprobs,
-                tools=bool(self._layout.tools),
-                thinking=self._layout.thinking,
+                tools=self._tools,
+                tool_choice=self._tool_choice if tool_choice is None else tool_choice,
+                parallel_tool_calls=True,
+                thinking=self._thinking,
             )
             yield from self._turn(parts, self.image_tokens if image_tokens is None else image_tokens, rules, clock)
 
@@ -133,7 +142,8 @@ class Chat:
         reuse = dataclasses.replace(engine._reuse, pin=pin) if self._cache else engine._reuse.off()
         conversation = [*self._turns, _turn_of(parts)]
         turns = engine._reader.read(conversation, clock, self.system, image_tokens, known=reuse.files)
-        asked = engine._see(turns, clock, reuse, self._layout)
+        layout = Layout(tools=rules.calls.tools, thinking=rules.thinking)
+        asked = engine._see(turns, clock, reuse, layout)
         for chunk in engine._answer(asked, rules, clock, reuse):
             if chunk.reply is not None:
                 said = self._settled(turns[-1], asked, clock, reuse)

@@ -1,7 +1,7 @@
 """From the logits behind a prompt to a finished reply: sampling, grammar, text and stops, token by token.
 
-Stops and the grammar are for the answer. What the model thinks before it, and the calls of tools that it writes, end
-with their own markers or with the bundle's own stop ids.
+Stops and the form are for the answer. What the model thinks before it, and the calls of tools that it writes, end with
+their own markers or with the bundle's own stop ids.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from .boxes import Boxes
+from .calls import CallRules, ToolChoice, make_call_rules
 from .errors import InputError, SamplingError
-from .grammar import Constraint, Grammar
+from .grammar import Constraint, Constraints, Grammar
+from .guide import Guide
 from .logprobs import MAX_LOGPROBS, Logprob, logprob
 from .manifest import Manifest
 from .reading import count_by_modality
@@ -24,6 +26,7 @@ from .sampling import Effective, Sampler, Sampling, check_token_ids, resolve
 from .seeing import SeenPrompt
 from .text import check_stop
 from .thinking import Markers, Piece, ReplyParts
+from .tools import ToolLike
 
 __all__ = ["MAX_CANDIDATES", "Decoding", "Rules", "check_positive", "make_reply", "make_rules"]
 
@@ -45,13 +48,15 @@ class Rules:
     candidates: int
     logprobs: int | None
     constraint: Constraint | None
+    calls: CallRules
     thinking: bool
 
 
 def make_rules(
     manifest: Manifest,
     vocabulary: int,
-    compile_grammar: Callable[[Grammar], Constraint],
+    constraints: Constraints,
+    markers: Markers,
     *,
     sampling: Sampling | None,
     max_tokens: int,
@@ -60,12 +65,14 @@ def make_rules(
     format: Grammar | None,
     candidates: int,
     logprobs: int | None,
-    tools: bool,
+    tools: Sequence[ToolLike],
+    tool_choice: ToolChoice,
+    parallel_tool_calls: bool,
     thinking: bool,
 ) -> Rules:
     """The rules of a request to a bundle whose rows of logits are `vocabulary` wide.
 
-    `tools` says that the request declares some, `thinking` that the model is asked to think before it answers.
+    `thinking` says that the model is asked to think before it answers.
 
     Raises InputError (SamplingError, PromptError, GrammarError) for whatever cannot be used; nothing has run then.
     """
@@ -75,8 +82,9 @@ def make_rules(
     _check_range("candidates", candidates, 1, MAX_CANDIDATES)
     if logprobs is not None:
         _check_range("logprobs", logprobs, 0, MAX_LOGPROBS)
-    if tools and format is not None:
-        raise InputError("format and tools exclude each other: a reply that has a form cannot call a tool instead")
+    calls = make_call_rules(tools, tool_choice, parallel_tool_calls, constraints, markers)
+    if calls.required and format is not None:
+        raise InputError(f"format and tool_choice {tool_choice!r} exclude each other: a reply of calls has no answer")
     return Rules(
         effective=effective,
         max_tokens=max_tokens,
@@ -85,7 +93,8 @@ def make_rules(
         bundle_stop_ids=frozenset(manifest.stop_ids),
         candidates=candidates,
         logprobs=logprobs,
-        constraint=None if format is None else compile_grammar(format),
+        constraint=None if format is None else constraints.compile(format),
+        calls=calls,
         thinking=thinking,
     )
 
@@ -117,12 +126,10 @@ class Decoding:
         self._clock = clock
         self._effective = rules.effective.of_candidate(index)
         self._sampler = Sampler(self._effective, penalised_ids)
-        self._constraint = None if rules.constraint is None else rules.constraint.copy()
         begun = markers.open_thought(prompt_ids, rules.bundle_stop_ids)
-        self._markers = markers
-        self._parts = ReplyParts(tokenizer, markers, rules.stop, hidden_ids, begun)
-        self._free = begun is not None  # in a thought that the grammar does not cover
-        self._answered = False  # has a token that the grammar covers
+        held = rules.calls.constraint is not None
+        self._parts = ReplyParts(tokenizer, markers, rules.stop, hidden_ids, begun, held_calls=held)
+        self._guide = Guide(rules.constraint, rules.calls, markers, self._parts, thinking=rules.thinking)
         self._ids: list[int] = []
         self._pieces: list[Piece] = []
         self._logprobs: list[Logprob] = []
@@ -149,7 +156,7 @@ class Decoding:
         finish: str | None = None
         while finish is None:
             waiting: list[int] = []  # part of the reply, but not of the state
-            ids = self._forced() or [self._draw(logits)]
+            ids = self._guide.forced() or [self._draw(logits)]
             while ids and finish is None:
                 id = ids.pop(0)
                 finish = self._take(id, logits, length + len(waiting))
@@ -157,14 +164,14 @@ class Decoding:
                 if any(self._pieces[-1]):
                     yield self._chunk()
                 # Tokens that are forced behind a drawn one join its run. Log-probabilities need each token's own run.
-                ids = (ids or self._forced()) if finish is None and self._rules.logprobs is None else []
+                ids = (ids or self._guide.forced()) if finish is None and self._rules.logprobs is None else []
             if finish is None:
                 logits = extend(waiting)
                 length += len(waiting)
         return self._finish(finish, read_boxes)
 
     def _draw(self, logits: np.ndarray) -> int:
-        id = self._sampler(logits, self._mask(logits))
+        id = self._sampler(logits, self._guide.mask(logits.size, self._stop_ids))
         self._drawn += id not in self._stop_ids
         return id
 
@@ -172,27 +179,6 @@ class Decoding:
     def _stop_ids(self) -> frozenset[int]:
         """What ends the reply here."""
         return self._answer_stop_ids if self._parts.in_answer else self._rules.bundle_stop_ids
-
-    @property
-    def _may_think(self) -> bool:
-        """Whether a thought may begin here that the grammar does not cover: before the answer, once."""
-        return self._rules.thinking and self._parts.in_answer and not (self._parts.thoughts or self._answered)
-
-    def _mask(self, logits: np.ndarray) -> np.ndarray | None:
-        """The tokens that may come next, one bit per token; None for all."""
-        if self._constraint is None:
-            return None
-        if self._free:
-            bits = np.full(-(-logits.size // 8), 0xFF, np.uint8)
-            _set_bit(bits, self._markers.call, on=False)  # a reply that has a form does not call tools
-            return bits
-        bits = self._constraint.mask(self._stop_ids)
-        if self._may_think:
-            _set_bit(bits, self._markers.thought, on=True)
-        return bits
-
-    def _forced(self) -> list[int]:
-        return [] if self._constraint is None or self._free or self._may_think else self._constraint.forced()
 
     def _take(self, id: int, logits: np.ndarray, position: int) -> str | None:
         """Let a token join the reply, at `position` of the sequence; returns why the reply ends with it, if it does."""
@@ -205,25 +191,15 @@ class Decoding:
         if rules.logprobs is not None:
             self._logprobs.append(logprob(self._tokenizer, logits, id, rules.logprobs))
         self._sampler.add(id)
-        self._follow(id)
+        self._guide.follow(id)
         self._pieces.append(self._parts.push(id))
-        self._free = self._free and self._parts.in_thought
         if self._parts.stopped:
             return "stop_text"
-        if self._constraint is not None and self._constraint.ended and not self._free:
+        if self._guide.ended:
             return "stop_id"
         if len(self._ids) == rules.max_tokens:
             return "length"
         return "context" if position == self._context else None
-
-    def _follow(self, id: int) -> None:
-        """Let the grammar follow a token that is about to be told apart."""
-        if self._may_think and id == self._markers.thought:
-            self._free = True
-        elif not self._free:
-            self._answered = True
-            if self._constraint is not None:
-                self._constraint.accept(id)
 
     def _chunk(self) -> Chunk:
         """The latest piece, with the ids since the one before it."""
@@ -246,12 +222,13 @@ class Decoding:
             finish = "stop_text"
         text = "".join(piece.text for piece in self._pieces)
         found = read_boxes(text)
+        complete = self._guide.is_complete(text, cut=finish == "stop_text")
         candidate = Candidate(
             text=text,
             token_ids=tuple(self._ids),
             finish_reason=finish,
             boxes=found.boxes,
-            truncated=found.truncated or not self._is_complete(finish, text) or not parts.in_answer,
+            truncated=found.truncated or not parts.in_answer or not complete,
             logprobs=None if self._rules.logprobs is None else tuple(self._logprobs),
             forced_tokens=len(self._ids) - self._drawn,
             seed=self._effective.seed,
@@ -262,13 +239,6 @@ class Decoding:
             malformed_calls=tuple(parts.malformed),
         )
         return candidate, self._chunk()
-
-    def _is_complete(self, finish: str, text: str) -> bool:
-        """Whether the text is all that its grammar demands."""
-        if self._constraint is None:
-            return True
-        # A stop string has cut the text somewhere before the place where the grammar is.
-        return self._constraint.matches(text) if finish == "stop_text" else self._constraint.complete
 
 
 def make_reply(
@@ -291,13 +261,6 @@ def make_reply(
         device=str(runtime.device),
         providers=runtime.providers,
     )
-
-
-def _set_bit(bits: np.ndarray, id: int, *, on: bool) -> None:
-    """Allow or forbid a token in a mask; one beyond the vocabulary, or -1, cannot be drawn anyway."""
-    if 0 <= id < 8 * bits.size:
-        bit = np.uint8(1 << id % 8)
-        bits[id // 8] = bits[id // 8] | bit if on else bits[id // 8] & ~bit
 
 
 def check_positive(name: str, value: object) -> None:

@@ -4,21 +4,41 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from threading import Lock
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from .errors import InputError
 from .manifest import Manifest
-from .parts import Audio, NormalPart
+from .parts import Audio, AudioInput, ImageInput, NormalPart, Words, turns_of
 from .pictures import PreparedPicture
 from .reading import Prepared, tower_identity
 from .reply import EncodedImage, EncodedSound, EncodedVideo, StageClock
 from .reuse import Reuse
 from .runtime import Runtime
-from .seeing import SeenView
+from .seeing import SeenView, hear, see
 from .sounds import PreparedSound
 
-__all__ = ["encode_view", "encoded_image", "encoded_picture", "encoded_sound", "sole_medium"]
+if TYPE_CHECKING:
+    from .engine import Engine
+
+__all__ = ["encode_source", "encode_view", "encoded_picture", "encoded_sound"]
+
+
+def encode_source(
+    engine: Engine, source: ImageInput | AudioInput, image_tokens: int | None
+) -> EncodedImage | EncodedSound:
+    """One picture or clip, encoded. Raises InputError for anything else."""
+    [(_, [part])] = turns_of([source], None)
+    if isinstance(part, Words):
+        raise InputError("encode takes a picture or a sound, not text")
+    clock, reuse, manifest = StageClock(), engine._reuse, engine.manifest
+    medium = _sole_medium(part, engine._reader.read_media(part, clock, image_tokens, known=reuse.files))
+    if isinstance(medium, PreparedSound):
+        view = hear(medium, clock, reuse.files)
+        return encoded_sound(manifest, medium, view, engine._encode(view, clock, reuse))
+    view = see(medium, 0, manifest.image, clock, reuse.files)
+    return _encoded_image(manifest, medium, view, engine._encode(view, clock, reuse))
 
 
 def encode_view(runtime: Runtime, turn: Lock, view: SeenView, clock: StageClock, reuse: Reuse) -> np.ndarray:
@@ -46,7 +66,7 @@ def encode_view(runtime: Runtime, turn: Lock, view: SeenView, clock: StageClock,
     return view.resolve(values)
 
 
-def encoded_image(manifest: Manifest, picture: PreparedPicture, view: SeenView, values: np.ndarray) -> EncodedImage:
+def _encoded_image(manifest: Manifest, picture: PreparedPicture, view: SeenView, values: np.ndarray) -> EncodedImage:
     """A picture whose soft tokens are `values`, as callers keep it."""
     if isinstance(picture.encoded, EncodedImage):
         return picture.encoded
@@ -59,7 +79,7 @@ def encoded_picture(
     """A picture or video whose views have the soft tokens `values`, as callers keep it."""
     if isinstance(picture.encoded, EncodedVideo):
         return picture.encoded
-    encoded = tuple(encoded_image(manifest, picture, *seen) for seen in zip(views, values, strict=True))
+    encoded = tuple(_encoded_image(manifest, picture, *seen) for seen in zip(views, values, strict=True))
     return EncodedVideo(encoded, picture.times) if picture.times else encoded[0]
 
 
@@ -68,7 +88,7 @@ def encoded_sound(manifest: Manifest, sound: PreparedSound, view: SeenView, valu
     return sound.encoded or EncodedSound(values, sound.seconds, tower_identity(manifest), view.content)
 
 
-def sole_medium(part: NormalPart, media: Sequence[Prepared]) -> Prepared:
+def _sole_medium(part: NormalPart, media: Sequence[Prepared]) -> Prepared:
     """The one picture or clip that `part` stands for. Raises InputError if it is several."""
     first, *more = media
     if isinstance(first, PreparedSound):

@@ -20,11 +20,11 @@ from .bundle import Bundle
 from .calls import ToolChoice
 from .chat import Chat
 from .decoding import Decoding, Rules, check_positive, make_reply, make_rules
-from .encoding import encode_view, encoded_image, encoded_sound, sole_medium
+from .encoding import encode_source, encode_view
 from .errors import InputError
 from .grammar import Constraints, Grammar
 from .limits import DEFAULT_LIMITS, Limits
-from .parts import AudioInput, Conversation, ImageInput, Words, turns_of
+from .parts import AudioInput, Conversation, ImageInput
 from .processes import OwnProcess
 from .reading import Layout, Reader, ReadTurn, count_by_modality, text_ids
 from .reply import Candidate, Chunk, EncodedImage, EncodedSound, StageClock, whole_reply
@@ -32,9 +32,8 @@ from .rests import Course, find_rests
 from .reuse import CACHE_BYTES, FEATURE_CACHE_BYTES, FEATURE_FOLDER_BYTES, Reuse
 from .runtime import PREFILL_CHUNK, Runtime, Session, SoftTokens
 from .sampling import Sampling
-from .seeing import SeenPrompt, SeenView, hear, see, see_all
+from .seeing import SeenPrompt, SeenView, see_all
 from .self_test import VerifyReport, replay
-from .sounds import PreparedSound
 from .text import load_tokenizer, special_ids
 from .thinking import Markers, control_tokens
 from .tools import ToolLike
@@ -100,9 +99,7 @@ class Engine:
         )
         self.features = self._reuse.features  # soft tokens of pictures seen before, and how often that helped
         self._runtime: Runtime | None = Runtime(bundle, device=device, threads=threads)
-        self._constraints = Constraints(
-            self._tokenizer, self._runtime.vocabulary, self.manifest.stop_ids, self.manifest.reply.boxes
-        )
+        self._constraints = Constraints(self._tokenizer, self._runtime.vocabulary, self.manifest.stop_ids, facts.boxes)
         self._turn = Lock()
 
     @classmethod
@@ -196,11 +193,8 @@ class Engine:
                 20. With a format each forced token then takes a run of its own.
             tools: functions that the model may call, as `Tool` or as declarations of OpenAI's API. What it calls is in
                 `Reply.tool_calls`; `[*conversation, Turn.of(reply), Turn("tool", [ToolResult(...), ...])]` goes on.
-                Calls of tools that are `strict` are held to their schema, and while there are some, no others than the
-                declared ones can be called. With a `format` a reply is either in its form or calls.
-            tool_choice: "auto", "none" (no call, and no tool is shown), "required" (calls and nothing else, but for a
-                thought before them), the name of the one function to be called, once, or a list of names of which at
-                least one is called. Calls that must come are held to the schemas of their tools, strict or not.
+                With a `format` a reply is either in its form or calls.
+            tool_choice: whether the model may call, or must, and what: see `ToolChoice`.
             parallel_tool_calls: whether a reply may make several calls; otherwise it ends with the first.
             thinking: let the model think before it answers; the thought is apart from the text, and counts among
                 `max_tokens`. Bundles whose model or chat template does not know tools or thinking refuse them.
@@ -259,7 +253,6 @@ class Engine:
         image_tokens: int | None = None,
         tools: Sequence[ToolLike] = (),
         tool_choice: ToolChoice = "auto",
-        parallel_tool_calls: bool = True,
         thinking: bool = False,
         cache: bool = True,
     ) -> Chat:
@@ -275,7 +268,6 @@ class Engine:
             image_tokens=image_tokens,
             tools=tools,
             tool_choice=tool_choice,
-            parallel_tool_calls=parallel_tool_calls,
             thinking=thinking,
             cache=cache,
         )
@@ -289,16 +281,7 @@ class Engine:
         self, source: ImageInput | AudioInput, *, image_tokens: int | None = None
     ) -> EncodedImage | EncodedSound:
         """Run the tower once, to ask many questions about one picture (the whole of it, never crops) or `Audio`."""
-        [(_, [part])] = turns_of([source], None)
-        if isinstance(part, Words):
-            raise InputError("encode takes a picture or a sound, not text")
-        clock, files, manifest = StageClock(), self._reuse.files, self.manifest
-        medium = sole_medium(part, self._reader.read_media(part, clock, image_tokens, known=files))
-        if isinstance(medium, PreparedSound):
-            view = hear(medium, clock, files)
-            return encoded_sound(manifest, medium, view, self._encode(view, clock, self._reuse))
-        view = see(medium, 0, manifest.image, clock, files)
-        return encoded_image(manifest, medium, view, self._encode(view, clock, self._reuse))
+        return encode_source(self, source, image_tokens)
 
     def count_tokens(
         self,

@@ -8,7 +8,7 @@ A grammar is about bytes. What a token adds to them is what it adds to the text 
 reply that has been allowed token by token is text that the grammar accepts.
 
 Grammars come from outside and are bounded: in size, by llguidance's limits for the work of one token, and by two checks
-of what these limits do not see (see `_compile` and `_check_multiples`).
+of what these limits do not see (see `_on_a_deep_stack` and `check_numbers`).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
     from llguidance._lib import JsonCompileOptions
 
-__all__ = ["MAX_GRAMMAR_BYTES", "Constraint", "Constraints", "Grammar"]
+__all__ = ["MAX_GRAMMAR_BYTES", "Constraint", "Constraints", "Grammar", "check_numbers"]
 
 MAX_GRAMMAR_BYTES = 65_536
 
@@ -146,18 +146,25 @@ class Constraints:
         """
         if not isinstance(grammar, Grammar):
             raise GrammarError(f"format is {grammar!r}, expected a Grammar")
-        try:
-            import llguidance
-        except ModuleNotFoundError:
-            raise GrammarError(
-                "structured replies need the package 'llguidance': pip install 'siglance[json]'"
-            ) from None
+        _require_llguidance()
         text = _as_llguidance(self._detections() if grammar.kind == "detections" else grammar)
+        return self._constraint(text, f"the {_KINDS[grammar.kind]}")
+
+    def compile_calls(self, lark: str) -> Constraint:
+        """The constraint of a grammar of `call_grammar`, which may be larger than those from outside."""
+        _require_llguidance()
+        from llguidance import LLMatcher
+
+        return self._constraint(LLMatcher.grammar_from_lark(lark), "the grammar of the declared tools")
+
+    def _constraint(self, text: str, name: str) -> Constraint:
+        import llguidance
+
         limits = llguidance.LLParserLimits(max_lexer_states=_MAX_LEXER_STATES, verbose_errors=False)
         adapter = self._adapt()
         matcher = _on_a_deep_stack(lambda: llguidance.LLMatcher(adapter, text, log_level=0, limits=limits))
         if matcher.is_error():
-            raise GrammarError(f"the {_KINDS[grammar.kind]} cannot be used: {_message(matcher)}")
+            raise GrammarError(f"{name} cannot be used: {_message(matcher)}")
         return Constraint(matcher, adapter)
 
     def _adapt(self) -> LLTokenizer:
@@ -278,6 +285,13 @@ class _Vocabulary:
         return self._tokenizer.encode(string, add_special_tokens=False).ids
 
 
+def _require_llguidance() -> None:
+    try:
+        import llguidance  # noqa: F401
+    except ModuleNotFoundError:
+        raise GrammarError("structured replies need the package 'llguidance': pip install 'siglance[json]'") from None
+
+
 def _as_llguidance(grammar: Grammar) -> str:
     """The grammar in llguidance's notation. Raises GrammarError for what can be told without it."""
     from llguidance import LLMatcher
@@ -286,14 +300,12 @@ def _as_llguidance(grammar: Grammar) -> str:
         return LLMatcher.grammar_from_regex(grammar.source)
     if grammar.kind == "lark":
         for schema in _inline_schemas(grammar.source):
-            _check_multiples(schema)
-            _check_bounds(schema)
+            check_numbers(schema)
         return LLMatcher.grammar_from_lark(grammar.source)
     schema = _parse_json("JSON schema", grammar.source)
     if not isinstance(schema, dict):
         raise GrammarError(f"a JSON schema is an object, not {grammar.source.strip()[:40]!r}")
-    _check_multiples(schema)
-    _check_bounds(schema)
+    check_numbers(schema)
     try:
         return LLMatcher.grammar_from_json_schema(grammar.source, defaults=_JSON_STYLE)
     except ValueError as error:
@@ -314,6 +326,12 @@ def _inline_schemas(lark: str) -> Iterator[Any]:
             yield json.JSONDecoder().raw_decode(lark, directive.end())[0]
         except (ValueError, RecursionError) as error:
             raise GrammarError(f"%json at character {directive.start()} of the Lark grammar: {error}") from None
+
+
+def check_numbers(schema: Any) -> None:
+    """Raise GrammarError for a JSON schema with numbers that llguidance accepts and should not."""
+    _check_multiples(schema)
+    _check_bounds(schema)
 
 
 def _check_multiples(schema: Any) -> None:

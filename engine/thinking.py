@@ -92,8 +92,13 @@ class ReplyParts:
         stop: Sequence[str],
         hidden_ids: Collection[int],
         begun: Sequence[int] | None = None,
+        *,
+        held_calls: bool = False,
     ):
-        """`hidden_ids` are not text; `begun` are those of the thought in which the prompt ends, None for no thought."""
+        """`hidden_ids` are not text; `begun` are those of the thought in which the prompt ends, None for no thought.
+
+        `held_calls` says that calls are held to a grammar, see `parse_call`.
+        """
         self.calls: list[ToolCall] = []
         self.malformed: list[MalformedCall] = []
         self.thoughts = 0  # how many have begun
@@ -101,6 +106,7 @@ class ReplyParts:
         self._tokenizer = tokenizer
         self._markers = markers
         self._hidden = frozenset(hidden_ids)
+        self._held_calls = held_calls
         self._where = _ANSWER
         self._answer = TextStream(tokenizer, stop, self._hidden)
         self._thought = _Thoughts(tokenizer, self._hidden)
@@ -187,7 +193,7 @@ class ReplyParts:
 
     def _close_call(self) -> Piece:
         try:
-            read = self._call.read()
+            read = self._call.read(self._held_calls)
         except CallError as error:
             return Piece(self._malformed(str(error)))
         self.calls.append(read)
@@ -270,11 +276,11 @@ class _Call:
         """A token stands inside that no call has."""
         self._spoiled = self._spoiled or token
 
-    def read(self) -> ToolCall:
+    def read(self, held: bool) -> ToolCall:
         """Raises CallError."""
         if self._spoiled is not None:
             raise CallError(f"the token {self._spoiled} stands inside of the call")
-        return parse_call(self._all())
+        return parse_call(self._all(), held=held)
 
     def text(self) -> str:
         return '"'.join(self._all())

@@ -27,11 +27,13 @@ __all__ = [
     "CONTROL_TOKENS",
     "QUOTE",
     "CallError",
+    "is_bare",
     "parse",
     "parse_call",
     "render_call",
     "render_declaration",
     "render_response",
+    "render_value",
 ]
 
 QUOTE = '<|"|>'
@@ -72,6 +74,11 @@ def render_response(result: ToolResult) -> list[str]:
     return _render(f"response:{result.name}", result.fields)
 
 
+def render_value(value: Any) -> list[str]:
+    """Segments of a value inside of any of them."""
+    return _render("", value)
+
+
 def _upper_types(schema: Any) -> Any:
     """A JSON schema with its types in capitals, where they are types and not names of properties or data."""
     if not isinstance(schema, Mapping):
@@ -91,10 +98,10 @@ def _upper_types(schema: Any) -> Any:
     return written
 
 
-def _render(head: str, fields: Mapping[str, Any]) -> list[str]:
+def _render(head: str, value: Any) -> list[str]:
     writer = _Writer()
     writer.bare(head)
-    writer.value(fields)
+    writer.value(value)
     return ["".join(pieces) for pieces in writer.segments]
 
 
@@ -117,7 +124,7 @@ class _Writer:
             self.bare("{")
             for index, key in enumerate(sorted(value, key=key_order)):
                 self.bare("," if index else "")
-                (self.bare if _is_bare(key) else self.string)(key)
+                (self.bare if is_bare(key) else self.string)(key)
                 self.bare(":")
                 self.value(value[key])
             self.bare("}")
@@ -131,7 +138,7 @@ class _Writer:
             self.bare("null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value))
 
 
-def _is_bare(key: str) -> bool:
+def is_bare(key: str) -> bool:
     """Whether a key can stand without quotes and be read again."""
     return bool(key) and key == key.strip() and not _NEVER_BARE.intersection(key)
 
@@ -139,19 +146,23 @@ def _is_bare(key: str) -> bool:
 # --- reading
 
 
-def parse_call(segments: Sequence[str]) -> ToolCall:
-    """The call that segments spell. Raises CallError with the reason why they do not."""
-    name, arguments = parse(segments, "call")
+def parse_call(segments: Sequence[str], *, held: bool = False) -> ToolCall:
+    """The call that segments spell. Raises CallError with the reason why they do not.
+
+    One that was `held` to a grammar may have a key twice where any keys are allowed, because no grammar knows which
+    there have been; the last value counts then, as in JSON.
+    """
+    name, arguments = parse(segments, "call", held=held)
     return ToolCall(name, arguments)
 
 
-def parse(segments: Sequence[str], kind: str) -> tuple[str, dict[str, Any]]:
+def parse(segments: Sequence[str], kind: str, *, held: bool = False) -> tuple[str, dict[str, Any]]:
     """The name and the fields of `kind:NAME{...}`, in time that is linear in the length of the text.
 
     White space between tokens, keys in quotes and strings in the manner of JSON are accepted: models write them.
     Raises CallError for everything else that is not in the format.
     """
-    reader = _Reader(segments)
+    reader = _Reader(segments, held)
     reader.expect(f"{kind}:")
     name = reader.name()
     fields = reader.value(0)
@@ -162,10 +173,11 @@ def parse(segments: Sequence[str], kind: str) -> tuple[str, dict[str, Any]]:
 class _Reader:
     """A place in segments."""
 
-    def __init__(self, segments: Sequence[str]):
+    def __init__(self, segments: Sequence[str], held: bool):
         if len(segments) % 2 == 0:
             raise CallError("a string has no end")
         self._segments = segments
+        self._held = held
         self._index = 0  # always that of a segment outside of strings
         self._at = 0
 
@@ -224,7 +236,7 @@ class _Reader:
             return fields
         while True:
             key = self._key()
-            if key in fields:
+            if key in fields and not self._held:
                 raise CallError(f"the key {_short(key)} occurs twice in one object")
             self.expect(":")
             fields[key] = self.value(depth)
@@ -274,7 +286,7 @@ class _Reader:
         if end < 0:
             self._fail("a key and ':'")
         key = self._text[self._at : end].rstrip()
-        if not _is_bare(key):
+        if not is_bare(key):
             raise CallError(f"{_short(key)} is not a key")
         self._at = end
         return key

@@ -35,19 +35,22 @@ _NAME_RULE = "a letter or _, then up to 127 letters, digits or any of _ . : / -"
 class Tool:
     """A function that the model may ask for.
 
-    `parameters` is a JSON schema of type "object", or None for a function without any. Raises PromptError for a name
-    that cannot be written, or for anything that is no JSON.
+    `parameters` is a JSON schema of type "object", or None for a function without any. Calls of a `strict` tool are
+    held to it, see `call_grammar`. Raises PromptError for a name that cannot be written, and for what is no JSON.
     """
 
     name: str
     description: str = ""
     parameters: Mapping[str, Any] | None = None
+    strict: bool = False
 
     def __post_init__(self) -> None:
         _check_name("tool", self.name)
         if not isinstance(self.description, str):
             raise PromptError(f"tool {self.name}: the description is {type(self.description).__name__}, expected text")
         _as_json(self.description, f"tool {self.name}: description")
+        if not isinstance(self.strict, bool):
+            raise PromptError(f"tool {self.name}: strict is {self.strict!r}, expected True or False")
         if self.parameters is None:
             return
         where = f"tool {self.name}: parameters"
@@ -60,7 +63,7 @@ class Tool:
         object.__setattr__(self, "parameters", schema)
 
     def declaration(self) -> dict[str, Any]:
-        """The declaration as OpenAI's API writes it and chat templates read it."""
+        """The declaration in OpenAI's form, as chat templates read it: they know nothing of `strict`."""
         function: dict[str, Any] = {"name": self.name, "description": self.description}
         if self.parameters is not None:
             function["parameters"] = self.parameters
@@ -125,10 +128,11 @@ def read_tools(tools: Any) -> tuple[Tool, ...]:
     if isinstance(tools, (str, bytes, Mapping)) or not isinstance(tools, Sequence):
         raise PromptError(f"tools is {type(tools).__name__}, expected a list of declarations")
     read = tuple(tool if isinstance(tool, Tool) else _read_tool(tool, index) for index, tool in enumerate(tools))
-    names = [tool.name for tool in read]
-    twice = next((name for index, name in enumerate(names) if name in names[:index]), None)
-    if twice is not None:
-        raise PromptError(f"two tools have the name {twice!r}")
+    seen: set[str] = set()
+    for tool in read:
+        if tool.name in seen:
+            raise PromptError(f"two tools have the name {tool.name!r}")
+        seen.add(tool.name)
     return read
 
 
@@ -143,10 +147,10 @@ def _read_tool(value: Any, index: int) -> Tool:
         value = value["function"]
         if not isinstance(value, Mapping):
             raise PromptError(f"{where}: its function is {type(value).__name__}, expected an object")
-    _check_keys(value, ("name", "description", "parameters"), where)
+    _check_keys(value, ("name", "description", "parameters", "strict"), where)
     if "name" not in value:
         raise PromptError(f"{where}: it has no name")
-    return Tool(value["name"], value.get("description") or "", value.get("parameters"))
+    return Tool(value["name"], value.get("description") or "", value.get("parameters"), value.get("strict") or False)
 
 
 def _check_keys(value: Mapping[str, Any], known: Sequence[str], where: str) -> None:

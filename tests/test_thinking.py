@@ -360,9 +360,9 @@ def test_a_thought_before_a_form_calls_no_tool(engine, spell):
     assert (reply.text, reply.tool_calls, reply.malformed_calls) == ("red cat", (), ())
 
 
-def test_tools_and_a_form_exclude_each_other(engine):
-    with pytest.raises(InputError, match="format and tools exclude each other"):
-        engine.generate("go", tools=[Tool("f")], format=FORM)
+def test_a_form_and_calls_that_must_come_exclude_each_other(engine):
+    with pytest.raises(InputError, match="format and tool_choice 'required' exclude each other"):
+        engine.generate("go", tools=[Tool("f")], tool_choice="required", format=FORM)
 
 
 # -- prompts ---------------------------------------------------------------------------------------------------------

@@ -222,7 +222,7 @@ def test_tools_are_read_in_three_forms():
         ([{"name": "a"}, {}], "tool 1: it has no name"),
         ([{"type": "retrieval", "function": {"name": "f"}}], "tool 0: it is of type 'retrieval'"),
         ([{"function": "f"}], "tool 0: its function is str"),
-        ([{"name": "f", "strict": True}], "tool 0: the key 'strict' is not supported"),
+        ([{"name": "f", "strict": "yes"}], "tool f: strict is 'yes', expected True or False"),
         ([{"name": "f", "type": "function"}], "tool 0: the key 'type' is not supported"),
         ([{"name": "a b"}], "the name is 'a b'"),
         ([{"name": "a{"}], "the name is 'a{'"),
