@@ -14,7 +14,7 @@ import numpy as np
 
 from .bundle import Bundle
 from .errors import BundleError, ModelOutputError
-from .graph import Device, Graph, available_devices, resolve_device
+from .graph import Device, Graph, has_device, resolve_device
 from .image_policy import POLICIES
 from .manifest import AudioFacts, ImageFacts
 from .runtime import Runtime, SoftTokens, encode, hear
@@ -47,7 +47,7 @@ def formula_sound(samples: int) -> np.ndarray:
 def record(bundle: Bundle, *, prepack: bool = False) -> dict[str, Any]:
     """Run `bundle` where it was exported and return the content of its self_test.json; for `prepack` see `Runtime`."""
     # A machine without a GPU records the self-test of a GPU bundle on its CPU: same graphs, same weights.
-    here = bundle.manifest.target in available_devices()
+    here = has_device(bundle.manifest.target)
     device = "auto" if here else "cpu"
     soft = _record_media(bundle, resolve_device(device, bundle.manifest.target, foreign=not here), prepack)
     runtime = Runtime(bundle, device=device, prepack=prepack, foreign=not here, sees=False)

@@ -43,9 +43,14 @@ def smallest_window(runtime: Runtime) -> int:
 
 def poison(session: Session) -> None:
     """NaN in every row that is not in use."""
-    state = session._state
-    for buffer in state._buffers.values():
-        buffer[:, :, state.length :] = np.nan
+    state, decoder = session._state, session._runtime.decoder
+    for pair in session._runtime.manifest.state:
+        facts = decoder.inputs[pair.input]
+        shape = [size if isinstance(size, int) else state._capacity for size in facts.shape]
+        rows = np.full(shape, np.nan, facts.dtype)
+        used = state._buffers.rows(pair.input, state.length)
+        rows[:, :, : used.shape[2]] = used
+        state._buffers.set_rows(pair.input, rows)
 
 
 OPERATIONS = st.one_of(
@@ -233,8 +238,8 @@ def test_a_failed_run(runtime, monkeypatch, before, more):
     session.prefill(ids[:before])
     run_bound = runtime.decoder.run_bound
 
-    def fail_after_writing(binding) -> None:
-        run_bound(binding)
+    def fail_after_writing(*arguments) -> None:
+        run_bound(*arguments)
         poison(session)
         raise MemoryError
 
