@@ -103,10 +103,9 @@ def measure(bundle: Bundle, options: Options, report: Report, clock: Clock = tim
     memory = measure_memory(bundle, options)
     overhead = probes = limits = None
     if subject.device == "cpu":
-        report("profiling")
-        overhead = measure_overhead(bundle, options, ids, clock)
         report("measuring the machine")
         probes = Probes(options.threads or usable_cores(), clock)
+        overhead = measure_overhead(bundle, options, ids, probes, clock)
         limits = {name: limit(cost, probes, _rows(subject, name)) for name, cost in costs.items()}
     return Measured(
         subject=subject,

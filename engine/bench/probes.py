@@ -7,10 +7,14 @@ makes it slower.
 Bandwidth: the maximum of a float32 array that no cache holds. GEMV: one row times a matrix in the format of the
 bundle, of the sizes that caches hold, the best of them: what the processor can compute when memory does not bind it.
 GEMM: as many rows as a chunk of a prompt or a picture has.
+
+The runtime's own work: a chain of additions of single numbers, which is little else. How much longer a long chain takes
+than a short one is the cost of a node, an upper bound because it has the addition in it; the rest is that of a run.
 """
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 import time
 from collections.abc import Callable
@@ -22,7 +26,7 @@ from ..graph import Device, Graph, tensor
 from ..wire import message
 from .traffic import Format
 
-__all__ = ["Probes"]
+__all__ = ["Probes", "chain_model"]
 
 _READ_BYTES = 256 << 20
 _READ_ROWS = 64  # rows of that array: onnxruntime gives each thread some
@@ -30,6 +34,7 @@ _GEMV_BYTES = (256 << 10, 1 << 20, 4 << 20)  # of a matrix
 _GEMM_OUTPUTS = 2048
 _SECONDS = 0.15  # of a probe, after its first run
 _MOST_RUNS = 200
+_CHAINS = (2, 402)  # nodes
 _FLOAT, _UINT8, _INT64, _HALF = 1, 2, 7, 10  # TensorProto.DataType
 
 
@@ -63,12 +68,19 @@ class Probes:
         """What `product` has measured so far, by format, inputs and rows."""
         return dict(self._products)
 
+    def runtime(self) -> tuple[float, float]:
+        """Seconds that onnxruntime spends around the kernels: for each run of a graph, and for each of its nodes."""
+        one = np.ones(1, np.float32)
+        short, long = (self._best(chain_model(length), one, np.empty(1, np.float32)) for length in _CHAINS)
+        node = max(long - short, 0.0) / (_CHAINS[1] - _CHAINS[0])
+        return max(short - _CHAINS[0] * node, 0.0), node
+
     def _measure_bandwidth(self) -> float:
         # Not zeros: those would be one page of memory, mapped many times.
         values = np.ones((_READ_ROWS, _READ_BYTES // 4 // _READ_ROWS), np.float32)
         axes = _tensor("axes", _INT64, (1,), np.array([1], np.int64))
         node = _node("ReduceMax", ("x", "axes"), "", {"keepdims": 0})
-        model = _model(node, [axes], [_READ_ROWS, values.shape[1]], [_READ_ROWS])
+        model = _model([node], [axes], [_READ_ROWS, values.shape[1]], [_READ_ROWS])
         return values.nbytes / self._best(model, values, np.empty(_READ_ROWS, np.float32))
 
     def _measure_product(self, format: Format, inputs: int, outputs: int, rows: int) -> float:
@@ -92,7 +104,7 @@ class Probes:
             node = _node("MatMul", ("x", "w"), "", {})
         half = format.bits == 16 and not format.block
         kind, dtype = (_HALF, np.float16) if half else (_FLOAT, np.float32)
-        model = _model(node, weights, [rows, inputs], [rows, outputs], kind)
+        model = _model([node], weights, [rows, inputs], [rows, outputs], kind)
         x = generator.normal(0, 1, (rows, inputs)).astype(dtype)
         return 2 * rows * inputs * outputs / self._best(model, x, np.empty((rows, outputs), dtype))
 
@@ -117,10 +129,17 @@ class Probes:
         return best
 
 
-def _model(node: bytes, weights: list[bytes], given: list[int], made: list[int], kind: int = _FLOAT) -> bytes:
-    """A model of one node, `x` -> `y`."""
+def chain_model(length: int) -> bytes:
+    """A model of so many additions of a constant to one number, each of the result of the one before."""
+    names = ["x", *(f"sum.{index}" for index in range(1, length)), "y"]
+    nodes = [_node("Add", (before, "w"), "", {}, after) for before, after in itertools.pairwise(names)]
+    return _model(nodes, [_tensor("w", _FLOAT, (1,), np.ones(1, np.float32))], [1], [1])
+
+
+def _model(nodes: list[bytes], weights: list[bytes], given: list[int], made: list[int], kind: int = _FLOAT) -> bytes:
+    """A model `x` -> `y`."""
     graph = message(
-        (1, node),
+        *((1, node) for node in nodes),
         (2, "probe"),
         *((5, weight) for weight in weights),
         (11, _declaration("x", kind, given)),
@@ -130,11 +149,11 @@ def _model(node: bytes, weights: list[bytes], given: list[int], made: list[int],
     return message((1, 10), (7, graph), *((8, version) for version in versions))
 
 
-def _node(operator: str, inputs: tuple[str, ...], domain: str, attributes: dict[str, int]) -> bytes:
+def _node(operator: str, inputs: tuple[str, ...], domain: str, attributes: dict[str, int], output: str = "y") -> bytes:
     integer = 2  # AttributeProto.AttributeType
     return message(
         *((1, name) for name in inputs),
-        (2, "y"),
+        (2, output),
         (4, operator),
         *((5, message((1, name), (3, value), (20, integer))) for name, value in attributes.items()),
         (7, domain),

@@ -141,13 +141,13 @@ def _outside(measured: Measured) -> dict[str, Any] | None:
     if overhead is None:
         return None
     step = float(np.median(np.concatenate([one.steps for one in measured.rounds])))
-    runtime = max(step - overhead.kernels - overhead.python, 0.0)
+    outside = min(overhead.runtime + overhead.python, step)
     slowest = sorted(overhead.by_operator.items(), key=lambda item: -item[1])
     return {
-        "percent": _short(100 * (1 - min(overhead.kernels / step, 1.0))),
+        "percent": _short(100 * outside / step),
         "step_ms": _short(1e3 * step),
-        "kernels_ms": _short(1e3 * overhead.kernels),
-        "runtime_ms": _short(1e3 * runtime),
+        "kernels_ms": _short(1e3 * (step - outside)),
+        "runtime_ms": _short(1e3 * overhead.runtime),
         "python_ms": _short(1e3 * overhead.python),
         "nodes": overhead.nodes,
         "by_operator_ms": {name: _short(1e3 * seconds) for name, seconds in slowest},
