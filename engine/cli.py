@@ -254,7 +254,9 @@ def export(
     out: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="The new bundle folder.")],
     precision: Annotated[
         str | None,
-        typer.Option(metavar="P", help="fp32, fp16 (for cuda), int8, int4 or keep (the default of a GGUF file)."),
+        typer.Option(
+            metavar="P", help="auto (the default), fp32, fp16 (cuda), int8, int4, keep (the default of a GGUF)."
+        ),
     ] = None,
     target: Annotated[str, typer.Option(metavar="T", help="cpu or cuda.")] = "cpu",
     context: Annotated[int, typer.Option(metavar="N", help="Most tokens of prompt and reply together.")] = 32768,
@@ -265,6 +267,7 @@ def export(
     random: Annotated[
         bool, typer.Option("--random", help="Random weights for the official model SOURCE: to measure size and speed.")
     ] = False,
+    accept_loss: Annotated[bool, typer.Option("--accept-loss", help="Also if little is left of the model.")] = False,
 ) -> None:
     """Turn a checkpoint into a bundle."""
     # The one place where the runtime reaches for the exporter: its packages come with the [export] extra.
@@ -273,14 +276,14 @@ def export(
         from ..export.families import ExportOptions
     except ModuleNotFoundError as error:
         raise InputError(f"export needs the package {error.name!r}: pip install 'siglance[export]'") from None
-    options = ExportOptions(precision=precision, target=target, context=context)
+    options = ExportOptions(precision=precision, target=target, context=context, accept_loss=accept_loss)
     with output.progress() as report:
         result = export_checkpoint(
             source, out, options, revision=revision, tokenizer=tokenizer, random=random, progress=report
         )
     print(f"{result.folder}: {result.family}, {result.precision}, {result.total_bytes / 1e6:.1f} MB")
-    for name, facts in result.graphs.items():
-        print(f"  {name}: {facts['nodes']} nodes, {facts['weight_bytes'] / 1e6:.1f} MB of weights")
+    for name in result.graphs:
+        print(f"  {name}: {result.graph_line(name)}")
     for part in result.left_out:
         print(f"  left out: {part}")
 

@@ -55,8 +55,9 @@ _TOKEN = re.compile(r"<[^<>\s]+>")  # the tokens in what surrounds a picture, wh
 class ExportReport:
     """What was written: the folder, nodes and weight bytes per graph, parts of the checkpoint that were left out.
 
-    `graphs` maps names to {"nodes", "weight_bytes", "dtypes": bytes by dtype}; a weight that several graphs use counts
-    in each of them and in `total_bytes`, the size of the folder, once.
+    `graphs` maps names to {"nodes", "weight_bytes", "dtypes": bytes by dtype} and, where matrices are not float32, what
+    that costs: {"cosine"}, for the decoder also {"argmax_agreement"} (see `graph_losses`). A weight that several graphs
+    use counts in each of them and in `total_bytes`, the size of the folder, once.
     """
 
     folder: Path
@@ -65,6 +66,16 @@ class ExportReport:
     graphs: dict[str, dict[str, Any]]
     left_out: tuple[str, ...]
     total_bytes: int
+
+    def graph_line(self, name: str) -> str:
+        """What there is to say of a graph, for people."""
+        facts = self.graphs[name]
+        line = f"{facts['nodes']} nodes, {facts['weight_bytes'] / 1e6:.1f} MB of weights"
+        if "cosine" in facts:
+            line += f", cosine {facts['cosine']:.4f}"
+        if "argmax_agreement" in facts:
+            line += f", best token as in float32 {facts['argmax_agreement']:.0%}"
+        return line
 
 
 def export(

@@ -115,7 +115,7 @@ def check_losses(losses: Losses) -> None:
     """Raise ExportError if the outputs of a graph have little to do with the exact ones."""
     for name, facts in losses.items():
         for key, least in (("cosine", LEAST_COSINE), ("argmax_agreement", LEAST_AGREEMENT)):
-            if not facts.get(key, 1.0) >= least:
+            if key in facts and not facts[key] >= least:
                 raise ExportError(
                     f"the graph {name!r} would be too inexact: {key.replace('_', ' ')} {facts[key]:.3f} with float32, "
                     f"at least {least} is expected; choose another precision, or accept the loss"

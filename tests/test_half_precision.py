@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -14,6 +16,8 @@ from siglance.engine.bundle import Bundle
 from siglance.engine.errors import DeviceError, ExportError
 from siglance.engine.image_policy import POLICIES
 from siglance.engine.runtime import Runtime
+from siglance.export import matrices
+from siglance.export.builder import FLOAT, FLOAT16, GraphBuilder
 from siglance.export.exporter import export
 from siglance.export.families import ExportOptions
 
@@ -36,6 +40,23 @@ def write_gemma3(folder: Path, scales: dict[str, float]) -> None:
 def logits_of(folder: Path) -> np.ndarray:
     """Logits [V] of the last row; float16 bundles are made for GPUs and run here on the CPU, as self-tests do."""
     return Runtime(Bundle.open(folder), device="cpu", foreign=True).session().prefill(IDS)
+
+
+def round_products(patch: pytest.MonkeyPatch) -> None:
+    """Products of float16 round their inputs and outputs, as on a GPU.
+
+    onnxruntime has no such products for CPUs: it widens the inputs and drops the rounding, overflow included.
+    """
+    right = GraphBuilder.ops
+
+    def ops(self: GraphBuilder, operator: str, inputs: Any, outputs: Any, **options: Any) -> list[ir.Value]:
+        if operator not in ("MatMul", "Gemm") or not self.is_half(inputs[1]):
+            return right(self, operator, inputs, outputs, **options)
+        wide = [self.op("Cast", value, to=int(FLOAT)) for value in inputs]
+        [product] = right(self, operator, wide, outputs, **options)
+        return [self.mark_half(self.op("Cast", product, to=int(FLOAT16)))]
+
+    patch.setattr(GraphBuilder, "ops", ops)
 
 
 def naive_logits(fp32: Path) -> np.ndarray:
@@ -78,15 +99,32 @@ HAZARDS = {
 
 
 @pytest.mark.parametrize("hazard", HAZARDS)
-def test_a_naive_float16_graph_overflows_and_ours_does_not(hazard, tmp_path):
+def test_a_naive_float16_graph_overflows_and_ours_does_not(hazard, tmp_path, monkeypatch):
     write_gemma3(tmp_path / "checkpoint", HAZARDS[hazard])
     export(tmp_path / "checkpoint", tmp_path / "fp32")
+    round_products(monkeypatch)
     export(tmp_path / "checkpoint", tmp_path / "fp16", ExportOptions(precision="fp16", target="cuda"))
     expected, found = logits_of(tmp_path / "fp32"), logits_of(tmp_path / "fp16")
     assert not np.isfinite(naive_logits(tmp_path / "fp32")).all()
     assert np.isfinite(found).all()
     assert np.abs(found - expected).max() < 0.01 * np.ptp(expected)
     assert found.argmax() == expected.argmax()
+
+
+@pytest.mark.parametrize("hazard", ["gated product", "norm output"])
+def test_products_overflow_without_their_factor(hazard, tmp_path, monkeypatch):
+    """The test above sees the factor: the same graphs without it are not finite, or far off."""
+
+    def unscaled(graph: GraphBuilder, x: ir.Value, key: str, multiply: Callable[[ir.Value], ir.Value]) -> ir.Value:
+        return graph.op("Cast", multiply(graph.half(x)), to=int(FLOAT))
+
+    write_gemma3(tmp_path / "checkpoint", HAZARDS[hazard])
+    export(tmp_path / "checkpoint", tmp_path / "fp32")
+    round_products(monkeypatch)
+    monkeypatch.setattr(matrices, "half_product", unscaled)
+    options = ExportOptions(precision="fp16", target="cuda", accept_loss=True)
+    with pytest.raises(ExportError, match="not finite"):
+        export(tmp_path / "checkpoint", tmp_path / "fp16", options)
 
 
 def test_a_harmless_model_survives_the_naive_graph(tmp_path):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -21,10 +20,10 @@ from siglance.engine.manifest import ImageFacts
 from siglance.engine.prompt import Media, Message, PromptBuilder, Text
 from siglance.engine.runtime import Runtime, SoftTokens, encode
 from siglance.engine.template import ChatTemplate
-from siglance.export.builder import FLOAT, FLOAT16, GraphBuilder
 from siglance.export.families import ExportOptions
 
 from ..parity.test_reference_parity import BUDGETS, SIZES
+from ..test_half_precision import round_products
 from .bench import BUDGET, PICTURES, STEPS, Bench
 
 LIMIT, SOFT_LIMIT = 1e-3, 1e-4  # what the tests of the families allow for logits and for soft tokens
@@ -184,26 +183,9 @@ FP16 = ExportOptions(precision="fp16", target="cuda")
 ROUNDING = 0.01  # share of the spread of the right values that float16 may lose
 
 
-def _round_products(patch: pytest.MonkeyPatch) -> None:
-    """Products of float16 round their inputs and outputs, as on a GPU.
-
-    onnxruntime has no such products for CPUs: it widens the inputs and drops the rounding, overflow included.
-    """
-    right = GraphBuilder.ops
-
-    def ops(self: GraphBuilder, operator: str, inputs: Any, outputs: Any, **options: Any) -> list[ir.Value]:
-        if operator not in ("MatMul", "Gemm") or not self.is_half(inputs[1]):
-            return right(self, operator, inputs, outputs, **options)
-        wide = [self.op("Cast", value, to=int(FLOAT)) for value in inputs]
-        [product] = right(self, operator, wide, outputs, **options)
-        return [self.mark_half(self.op("Cast", product, to=int(FLOAT16)))]
-
-    patch.setattr(GraphBuilder, "ops", ops)
-
-
 def measure_half_logits(bench: Bench, layout: str, patch: pytest.MonkeyPatch) -> float:
     """A prompt and steps of an answer; float16 bundles are made for GPUs and run here on the CPU."""
-    _round_products(patch)
+    round_products(patch)
     case, bundle = bench.case(layout), bench.export(bench.checkpoint(layout), ("embed", "decoder"), patch, FP16)
     session = Runtime(bundle, device="cpu", foreign=True, threads=1).session()
     rows = [session.prefill(case.prompt), *(session.step(token) for token in case.answer[:STEPS].tolist())]
@@ -211,7 +193,7 @@ def measure_half_logits(bench: Bench, layout: str, patch: pytest.MonkeyPatch) ->
 
 
 def measure_half_soft_tokens(bench: Bench, layout: str, patch: pytest.MonkeyPatch) -> float:
-    _round_products(patch)
+    round_products(patch)
     spread = max(float(np.ptp(expected)) for expected in bench.soft_tokens(layout))
     return measure_soft_tokens(bench, layout, patch, FP16) / spread
 
