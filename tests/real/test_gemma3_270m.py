@@ -51,7 +51,9 @@ def checkpoint():
 def exported(checkpoint, tmp_path_factory):
     """(bundle folder, peak resident bytes of the export and its child processes)."""
     folder = tmp_path_factory.mktemp("real") / "gemma-3-270m"
-    process = subprocess.Popen([sys.executable, "-m", "siglance.engine", "export", checkpoint, "-o", folder], cwd="/")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "siglance.engine", "export", checkpoint, "-o", folder, "--precision", "fp32"], cwd="/"
+    )
     peak, done = 0, threading.Event()
 
     def watch() -> None:
