@@ -1,11 +1,26 @@
-"""The C library's heap: memory that it keeps for later can be given back."""
+"""The process's memory: what is free goes back to the system, what is read in every step stands in huge pages.
+
+Both are advice that changes no value. Where the system does not take it, nothing happens.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
+import itertools
+import os
+from collections.abc import Iterator
+from pathlib import Path
 
-__all__ = ["give_back"]
+import numpy as np
+
+__all__ = ["give_back", "huge_pages"]
+
+_MAPS, _PAGES = Path("/proc/self/maps"), Path("/proc/self/pagemap")
+_HUGE_SIZE = Path("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size")
+_COLLAPSE = 25  # MADV_COLLAPSE, Linux 6.1
+_PRESENT = np.uint64(1 << 63)  # bit of an entry of pagemap, one for each page of memory
 
 
 def give_back() -> None:
@@ -27,3 +42,69 @@ def _malloc_trim() -> ctypes._NamedFuncPointer | None:
         return None
     trim.argtypes, trim.restype = (ctypes.c_size_t,), ctypes.c_int
     return trim
+
+
+@contextlib.contextmanager
+def huge_pages() -> Iterator[None]:
+    """Put the memory that is filled inside into huge pages, as far as it fills them: no more memory is used.
+
+    Weights are read from one end to the other in every step, and with pages of 4 KiB the processor looks up an address
+    for each of them: decoding is 9 % slower.
+    """
+    size = _huge_size()
+    before = _full_blocks(size)
+    yield
+    madvise = _madvise()
+    if madvise is not None:
+        for first, count in _runs(sorted(_full_blocks(size) - before)):
+            madvise(first * size, count * size, _COLLAPSE)
+
+
+def _huge_size() -> int:
+    """Bytes of a huge page; 0 where there are none."""
+    try:
+        return int(_HUGE_SIZE.read_text(encoding="ascii"))
+    except (OSError, ValueError):
+        return 0
+
+
+def _full_blocks(size: int) -> set[int]:
+    """The blocks of `size` bytes, as address / size, of which every page is in memory and belongs to no file."""
+    found: set[int] = set()
+    if not size:
+        return found
+    page = os.sysconf("SC_PAGE_SIZE")
+    pages, memory = size // page, os.sysconf("SC_PHYS_PAGES") * page // size
+    try:
+        lines = _MAPS.read_text(encoding="utf-8", errors="replace").splitlines()
+        with _PAGES.open("rb", buffering=0) as file:
+            for fields in map(str.split, lines):
+                start, _, end = fields[0].partition("-")
+                first, stop = -(-int(start, 16) // size), int(end, 16) // size
+                reserved = stop - first > memory  # address space that a library keeps for itself
+                if first >= stop or reserved or not fields[1].startswith("rw-p") or fields[4] != "0":
+                    continue
+                file.seek(first * pages * 8)
+                entries = np.frombuffer(file.read((stop - first) * pages * 8), np.uint64)
+                present = (entries[: entries.size // pages * pages] & _PRESENT).astype(bool).reshape(-1, pages)
+                found.update((np.flatnonzero(present.all(axis=1)) + first).tolist())
+    except OSError:  # no Linux, or a sandbox that hides it
+        return set()
+    return found
+
+
+def _runs(numbers: list[int]) -> Iterator[tuple[int, int]]:
+    """Ascending numbers as (first, count) of consecutive ones."""
+    for _, run in itertools.groupby(enumerate(numbers), lambda pair: pair[1] - pair[0]):
+        members = [number for _, number in run]
+        yield members[0], len(members)
+
+
+@functools.cache
+def _madvise() -> ctypes._NamedFuncPointer | None:
+    try:
+        madvise = ctypes.CDLL(None).madvise
+    except (OSError, AttributeError, TypeError):
+        return None
+    madvise.argtypes, madvise.restype = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int), ctypes.c_int
+    return madvise

@@ -13,6 +13,7 @@ from threading import Lock
 
 import numpy as np
 
+from . import heap
 from .bundle import Bundle
 from .cuda import captures_runs
 from .device_memory import DeviceBuffers, DeviceMemory, HostMemory
@@ -60,7 +61,9 @@ class Runtime:
         self.device: Device = resolve_device(device, bundle.manifest.target, foreign=foreign)
 
         self._load = partial(_load, bundle, self.device, threads=threads, prepack=prepack)
-        self.embed, self.decoder = self._load("embed"), self._load("decoder")
+        self.embed = self._load("embed")
+        with heap.huge_pages():
+            self.decoder = self._load("decoder")
         self.vision = self._load("vision") if sees and "vision" in bundle.manifest.files else None
         check_wiring(self.manifest, self.embed, self.decoder, self.vision)
         self._hears = sees and "audio" in bundle.manifest.files

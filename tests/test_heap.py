@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
 import platform
+import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from siglance.engine import heap
@@ -37,3 +40,53 @@ def test_other_libraries_are_left_alone(monkeypatch):
     monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
     heap.give_back()
     heap._malloc_trim.cache_clear()
+
+
+HUGE = heap._huge_size()
+
+
+def huge_bytes() -> int:
+    found = re.search(r"AnonHugePages:\s*(\d+) kB", Path("/proc/self/smaps_rollup").read_text())
+    assert found is not None
+    return int(found[1]) * 1024
+
+
+def mapped(blocks: int) -> tuple[mmap.mmap, np.ndarray]:
+    """Memory of that many huge pages which no one has touched, and the part of it that begins with a whole one."""
+    memory = mmap.mmap(-1, (blocks + 1) * HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    array = np.frombuffer(memory, np.uint8)
+    skip = -array.ctypes.data % HUGE
+    return memory, array[skip : skip + blocks * HUGE]
+
+
+@pytest.mark.skipif(not HUGE, reason="this system has no huge pages")
+def test_only_blocks_that_were_filled_inside_move_and_no_memory_is_added():
+    (_, older), (_, newer) = mapped(4), mapped(4)
+    older[:] = 1
+    with heap.huge_pages():
+        newer[: 2 * HUGE] = 7
+        newer[3 * HUGE : 3 * HUGE + HUGE // 2] = 9  # half a block
+        before, resident = huge_bytes(), resident_bytes()
+    assert huge_bytes() - before in (0, 2 * HUGE)  # 0 before Linux 6.1
+    assert resident_bytes() - resident < HUGE
+    assert (newer[: 2 * HUGE] == 7).all()
+    assert (newer[2 * HUGE : 3 * HUGE] == 0).all()
+    assert (newer[3 * HUGE :] == np.where(np.arange(HUGE) < HUGE // 2, 9, 0)).all()
+
+
+@pytest.mark.parametrize("missing", ["_MAPS", "_PAGES", "_HUGE_SIZE"])
+def test_systems_that_hide_their_memory(missing, monkeypatch, tmp_path):
+    monkeypatch.setattr(heap, missing, tmp_path / "nothing")
+    with heap.huge_pages():
+        array = np.ones(1 << 22, np.uint8)
+    assert array.all()
+
+
+def test_runs_of_consecutive_numbers():
+    assert list(heap._runs([3, 4, 5, 9, 11, 12])) == [(3, 3), (9, 1), (11, 2)]
+    assert list(heap._runs([])) == []
+
+
+def test_an_error_inside_comes_out():
+    with pytest.raises(KeyError), heap.huge_pages():
+        raise KeyError
