@@ -77,7 +77,8 @@ def main() -> None:
         _write(results, options.out)
     for name, worker in workers.items():
         if name not in failures:
-            results["engines"][name] |= worker.ask("memory")
+            if options.rounds:
+                results["engines"][name] |= worker.ask("memory")
             if options.text is not None:
                 results["engines"][name] |= _score(worker, tokenizer, options.text)
             worker.close()
