@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import onnxruntime
+import pytest
 
+from siglance.engine import engine
 from siglance.engine.device_memory import DeviceMemory, HostMemory, Traffic
 from siglance.engine.graph import Device, Graph
 from siglance.engine.runtime import Runtime
@@ -95,3 +98,25 @@ def traffic(runtime: Runtime) -> Traffic:
     """The counters of the runtime's memory, which is that of a device."""
     assert isinstance(runtime.memory, DeviceMemory)
     return runtime.memory.traffic
+
+
+# --- as a plugin of pytest (-p tests.captured_runs), for whole suites: see test_device_suites.py
+
+_made: list[CapturingGraph] = []
+
+
+def pytest_configure() -> None:
+    """Every engine of this process keeps its states in separate memory and captures its steps."""
+
+    def runtime_on_a_device(*arguments: Any, **options: Any) -> Runtime:
+        runtime = Runtime(*arguments, **options)
+        _made.append(CapturingGraph(runtime.decoder))
+        runtime.keep_states_on(Device("cpu"))
+        return runtime
+
+    engine.Runtime = runtime_on_a_device  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    captures, replays = sum(each.captures for each in _made), sum(each.replays for each in _made)
+    terminalreporter.write_line(f"captured {captures}, replayed {replays}")

@@ -49,10 +49,10 @@ def failing(graph, at: int) -> Iterator[None]:
         for name in ("run", "run_bound"):
             real = getattr(graph, name)
 
-            def run(argument, real=real):
+            def run(*arguments, real=real):
                 if next(calls) == at:
                     raise Broken
-                return real(argument)
+                return real(*arguments)
 
             patch.setattr(graph, name, run)
         yield
