@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from threading import Lock
 
 import numpy as np
 
@@ -29,7 +30,7 @@ class _Bound:
 
 
 class DeviceStep:
-    """The inputs and outputs of a run of one token, shared by all sequences: runs take turns.
+    """The inputs and outputs of a run of one token, shared by all sequences, which take turns. Thread-safe.
 
     Where the decoder captures, `total_sequence_length` is the capacity of the bucket: it lies on the host, so a replay
     sees what was there at capture, and only says what space there is. The lengths, on the device, say what is used.
@@ -38,7 +39,7 @@ class DeviceStep:
     def __init__(self, embed: Graph, decoder: Graph, pairs: Iterable[StatePair], memory: DeviceMemory):
         self._embed, self._decoder, self._pairs = embed, decoder, tuple(pairs)
         self._wires = [name for name in decoder.inputs if name in embed.outputs]
-        self._bound: dict[int, _Bound] = {}
+        self._turn = Lock()
         made = {name: embed.outputs[name] for name in self._wires}
         zeros = {
             name: np.zeros([size if isinstance(size, int) else 1 for size in facts.shape], facts.dtype)
@@ -58,8 +59,9 @@ class DeviceStep:
         """
         bound = self._bind(bucket)
         if self._decoder.captures:
-            memory.write(self._inputs["seqlens_k"], np.zeros(1, np.int32))
-            self._decoder.run_bound(bound.binding, bound.options)
+            with self._turn:
+                memory.write(self._inputs["seqlens_k"], np.zeros(1, np.int32))
+                self._decoder.run_bound(bound.binding, bound.options)
 
     def run(self, memory: DeviceMemory, token: int, buffers: DeviceBuffers, total: int) -> np.ndarray:
         """Append one token, after which `buffers` hold `total`; returns the logits behind it, float32 [V].
@@ -67,15 +69,16 @@ class DeviceStep:
         Raises ModelOutputError.
         """
         wires: Mapping[str, np.ndarray] = self._embed.run({"input_ids": np.array([[token]], np.int64)})
-        for name in self._wires:
-            memory.write(self._inputs[name], wires[name])
-        memory.write(self._inputs["seqlens_k"], np.array([total - 1], np.int32))
         bound = buffers.bucket.extra
         assert isinstance(bound, _Bound)
         if bound.options is None:
             bound.total[()] = total
-        self._decoder.run_bound(bound.binding, bound.options)
-        return memory.read(self._logits)[0]
+        with self._turn:
+            for name in self._wires:
+                memory.write(self._inputs[name], wires[name])
+            memory.write(self._inputs["seqlens_k"], np.array([total - 1], np.int32))
+            self._decoder.run_bound(bound.binding, bound.options)
+            return memory.read(self._logits)[0]
 
     def _bind(self, bucket: Bucket) -> _Bound:
         options = self._decoder.run_options(bucket.number) if self._decoder.captures else None

@@ -6,6 +6,8 @@ All laws of test_state.py hold for them too. Tests on a card are in tests/gpu.
 from __future__ import annotations
 
 import gc
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -123,6 +125,20 @@ def test_nothing_captured_on_an_empty_bucket_stays_in_it(tiny_model):
         )
 
 
+def test_sequences_in_threads_get_their_own_rows(runtime):
+    """All of them go through the same inputs and outputs on the device."""
+
+    def answer(seed: int) -> np.ndarray:
+        session = runtime.session()
+        session.prefill(tokens(12, seed))
+        return np.stack([session.step(int(token)) for token in tokens(20, seed + 100)])
+
+    expected = [answer(seed) for seed in range(6)]
+    with ThreadPoolExecutor(6) as pool:
+        for found, one in zip(pool.map(answer, range(6)), expected, strict=True):
+            np.testing.assert_array_equal(found, one)
+
+
 @pytest.fixture(scope="module", params=["gemma4", "gemma3_vision"])
 def gpu_bundle(request, tmp_path_factory) -> Bundle:
     """A bundle for GPUs: float16, window buffers of exactly the window; shared states, or blocks of pictures."""
@@ -237,9 +253,6 @@ def test_a_state_that_cannot_grow_is_as_before(tiny_model, monkeypatch):
 
 def test_a_graph_of_a_device_runs_on_one_thread(tiny_model):
     """Captured runs belong to the thread that captured them, and requests come from any."""
-    import threading
-    from concurrent.futures import ThreadPoolExecutor
-
     runtime = Runtime(tiny_model("gemma3").bundle)
     decoder, seen = runtime.decoder, set()
     run = decoder._session.run_with_iobinding
