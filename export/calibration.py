@@ -98,6 +98,7 @@ class Calibration:
         self._streams: list[tuple[_Loss, int]] = []  # what is inexact in a stream, and the probe it began as
         self._losses: dict[str, _Loss] = {}
         self._lookups: dict[str, _Loss] = {}
+        self._replaced: dict[int, Values] = {}  # by sequence: weights of the next piece
         self._last: tuple[tuple[bool, list[Path]], list[ErrorFeedback]] | None = None
         self._head_losses: dict[tuple[int, int], dict[Storage, float]] = {}  # by rows
         self._piecewise = Piecewise(self._decoder, embedded(self._embed, self._decoder, [*kept, *probes]))
@@ -146,41 +147,37 @@ class Calibration:
             self._streams.append((loss, probe))
 
     def _observe(self, product: Product) -> None:
-        """Run up to `product`: the moments of its inputs, and a stream with some of its outputs inexact."""
-        head = product is self._products[-1]
+        """Run up to `product`: the moments of its inputs, and streams that go on with an inexact matrix."""
         groups = _groups(product.shape[1])
         known = self._moments_path(product, 0).is_file()
         moments = [] if known else [np.zeros((stop - start,) * 2, np.float32) for start, stop in groups]
-        exact: list[np.ndarray] = []
 
         def see(index: int, values: Values) -> None:
-            x = values[product.input].reshape(-1, product.shape[1])
-            if index < self._kept:
-                for total, (start, stop) in zip(moments, groups if moments else [], strict=True):
+            if index < self._kept and moments:
+                x = values[product.input].reshape(-1, product.shape[1])
+                for total, (start, stop) in zip(moments, groups, strict=True):
                     part = x[:, start:stop]
                     total += part.T @ part
-            elif index < self._kept + len(self._probes):
-                exact.append(x)
 
-        # The head itself is left out: its outputs are the largest arrays of all, and few of them are wanted.
-        self._piecewise.run(product.at if head else product.at + 1, [product.input], see)
+        replaced, self._replaced = self._replaced, {}
+        self._piecewise.run(product.at, [product.input], see, lambda index: replaced.get(index, {}))
         for index, total in enumerate(moments):
             np.save(self._moments_path(product, index), total)
-        if self._measures and not head and self._formats[product.key]:
-            self._add_stream(product, exact)
+        # The head is compared in another way: its outputs are the largest arrays of all, and few of them are wanted.
+        if self._measures and product is not self._products[-1] and self._formats[product.key]:
+            self._add_streams(product)
 
-    def _add_stream(self, product: Product, exact: Sequence[np.ndarray]) -> None:
+    def _add_streams(self, product: Product) -> None:
+        """A copy of each probe whose next piece has some rows of the matrix inexact."""
         rows = np.unique(np.linspace(0, product.shape[0] - 1, _SAMPLE).astype(np.int64))
-        matrix = np.concatenate(list(self._slices(product, 0, product.shape[0])))[rows]
+        turned = self._decoder.read(product.weight).copy()  # [columns, rows]
         formats = self._formats[product.key]
-        errors, inexact = self._try_formats(product, matrix, formats)
-        loss = _Loss(formats[0], product.shape[0] / len(rows), errors)
-        self._losses[product.key] = loss
-        for probe, x in enumerate(exact):
-            values = self._piecewise.sequences[self._kept + probe]
-            output = values[product.output].copy()
-            output.reshape(-1, product.shape[0])[:, rows] = x @ inexact[formats[0]].T
-            self._piecewise.sequences.append(values | {product.output: output})
+        errors, inexact = self._try_formats(product, np.ascontiguousarray(turned[:, rows].T), formats)
+        turned[:, rows] = inexact[formats[0]].T
+        loss = self._losses[product.key] = _Loss(formats[0], product.shape[0] / len(rows), errors)
+        for probe in range(len(self._probes)):
+            self._replaced[len(self._piecewise.sequences)] = {product.weight: turned}
+            self._piecewise.sequences.append(dict(self._piecewise.sequences[self._kept + probe]))
             self._streams.append((loss, probe))
 
     def _try_formats(

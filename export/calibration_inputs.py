@@ -69,7 +69,7 @@ def embedded(
     """The decoder's inputs for `sequences` of ids; `weights` replaces weights of the embedding graph."""
     values: list[Values] = [{"input_ids": np.array([ids], np.int64)} for ids in sequences]
     piecewise = Piecewise(embed, values)
-    piecewise.run(len(piecewise.nodes), weights=weights)
+    piecewise.run(len(piecewise.nodes), replaced=lambda index: weights or {})
     wanted = {value.name for value in decoder.graph.inputs}
     for ids, made in zip(sequences, values, strict=True):
         made |= sequence_inputs(len(ids))

@@ -157,22 +157,25 @@ class Piecewise:
         stop: int,
         watch: Sequence[str] = (),
         seen: Callable[[int, Values], None] = lambda index, values: None,
-        weights: Mapping[str, np.ndarray] | None = None,
+        replaced: Callable[[int], Mapping[str, np.ndarray]] = lambda index: {},
     ) -> None:
         """Run the nodes up to `stop` over all sequences.
 
         `seen` is called with the index of each sequence and its values of the names in `watch`, made or read by these
-        nodes; afterwards they are forgotten unless a later node reads them. `weights` replaces weights by name.
+        nodes; afterwards they are forgotten unless a later node reads them. `replaced` gives other weights, by name,
+        for the sequence of an index.
         """
         nodes = self.nodes[self.at : stop]
         later = _read_by(self.nodes[stop:]) | self._outputs
         made = {value.name for node in nodes for value in node.outputs if value.name}
         outputs = sorted(name for name in made if name in later or name in watch)
-        if outputs:
-            self._run_nodes(nodes, outputs, weights or {})
+        run = self._runner(nodes, outputs) if outputs else None
         for index, values in enumerate(self.sequences):
+            if run is not None:
+                values |= run(values, replaced(index))
             if watch:
                 seen(index, {name: values[name] for name in watch})
+            # At once: between two pieces there are only the values of all sequences that cross.
             for name in values.keys() - later - _ALWAYS:
                 del values[name]
         self.at = stop
@@ -189,20 +192,24 @@ class Piecewise:
                 size = 0
         self.run(len(self.nodes))
 
-    def _run_nodes(self, nodes: Sequence[ir.Node], outputs: Sequence[str], weights: Mapping[str, np.ndarray]) -> None:
+    def _runner(
+        self, nodes: Sequence[ir.Node], outputs: Sequence[str]
+    ) -> Callable[[Values, Mapping[str, np.ndarray]], Values]:
+        """A function (values of a sequence, weights to replace) -> `outputs` of these nodes."""
         needed = sorted(_read_by(nodes))
         known = self._builder.graph.initializers
-        stored = {
-            name: weights[name] if name in weights else self._builder.read(name)
-            for name in needed
-            if self._builder.is_weight(known.get(name))
-        }
+        stored = {name: self._builder.read(name) for name in needed if self._builder.is_weight(known.get(name))}
         varying = [name for name in needed if name not in known]
-        session = None
-        for values in self.sequences:
+        session: Graph | None = None
+
+        def run(values: Values, replaced: Mapping[str, np.ndarray]) -> Values:
+            nonlocal session
             feeds = self._feeds(varying, values) | stored
+            feeds |= {name: weight for name, weight in replaced.items() if name in stored}
             session = session or self._session(nodes, list(feeds), outputs, feeds)
-            values |= session.run(feeds)
+            return session.run(feeds)
+
+        return run
 
     def _feeds(self, names: Sequence[str], values: Values) -> Values:
         inputs = {value.name: value for value in self._builder.graph.inputs}

@@ -233,7 +233,7 @@ def test_measured_losses_are_those_of_single_matrices(tmp_path, monkeypatch):
             for weights in ({}, replaced):
                 [values] = calibration.embedded(embed, decoder, [probe])
                 piecewise = Piecewise(decoder, [values])
-                piecewise.run(len(piecewise.nodes), weights=weights)
+                piecewise.run(len(piecewise.nodes), replaced=lambda index, weights=weights: weights)
                 logits.append(log_softmax(values["logits"][30:]))
             total += float((np.exp(logits[0]) * (logits[0] - logits[1])).sum(-1).mean()) / 2
         # The estimate is made with step 1 of quantisation only, and of a third of the rows.
@@ -371,7 +371,7 @@ def test_bundles_compute_the_model_of_their_stored_matrices(layout, precision, t
     [values] = calibration.embedded(embed, decoder, [ids.tolist()], tables)
     turned = {f"{key}.transposed": np.ascontiguousarray(matrix.T) for key, matrix in matrices.items()}
     piecewise = Piecewise(decoder, [values])
-    piecewise.run(len(piecewise.nodes), weights=turned | {head: matrices[head]})
+    piecewise.run(len(piecewise.nodes), replaced=lambda index: turned | {head: matrices[head]})
     np.testing.assert_allclose(run(tmp_path / "bundle", ids), values["logits"][-1], atol=1e-3)
 
 
