@@ -221,22 +221,18 @@ class _Arguments:
             most = room if most is None else min(room, most)
         if most is not None and least > most:
             return None
+        # What may follow the listed items, then these, from the last to the first.
         items = [item for item in first if item is not None][:most]
-        if most is None or most > len(items):
+        before = max(len(items), 1)
+        tail = ""
+        if others is not None and (most is None or most > before):
+            tail = f'("," {others}){_times(max(least - before, 0), None if most is None else most - before)}'
+        if not items and most != 0:
             assert others is not None
-            before = max(least - len(items), 0)
-            tail = f'("," {others}){_times(before, None if most is None else most - len(items))}'
-            if not items:
-                rest = f'("," {others}){_times(max(least - 1, 0), None if most is None else most - 1)}'
-                inner = f"({others} {rest})"
-                return self._rules.add(f'"[" {inner}{"" if least else "?"} "]"')
-        elif not items:
-            return self._rules.add('"[" "]"')
-        else:
-            tail = ""
+            items = [others]
         for index in range(len(items) - 1, -1, -1):
-            inner = self._rules.add(f"""{'","' if index else ""} {items[index]} {tail}""".strip())
-            tail = inner if index < least else f"{inner}?"
+            written = self._rules.add(f"""{'","' if index else ""} {items[index]} {tail}""".strip())
+            tail = written if index < least else f"{written}?"
         return self._rules.add(f'"[" {tail} "]"')
 
     def _object(self, schema: Schema, depth: int, place: str) -> str | None:
@@ -267,7 +263,7 @@ class _Arguments:
 
 
 def _literal(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)  # a text of Lark is written like one of JSON
+    return json.dumps(text)  # a text of Lark is written like one of JSON, and has no control characters as they are
 
 
 def _times(least: int, most: int | None) -> str:

@@ -38,6 +38,7 @@ _NOT_HELD = (
     *("patternProperties", "propertyNames", "minProperties", "maxProperties", "unevaluatedProperties"),
     *("$dynamicRef", "$recursiveRef"),
 )
+_NO_EFFECT: dict[str, Any] = {"uniqueItems": False, "minProperties": 0, "patternProperties": {}}
 _ASSERTIONS = frozenset(["type", "enum", "const", "anyOf", "oneOf", *_NOT_HELD]).union(*KEYWORDS.values())
 _MAX_WORK = 50_000
 _MAX_COUNT = 10**9
@@ -80,7 +81,7 @@ class Schemas:
         self._count_work()
         self._check(schema, place)
         if isinstance(schema, Mapping):
-            not_held = (key for key in schema if key in _NOT_HELD and schema[key] not in (False, {}, []))
+            not_held = (key for key in schema if key in _NOT_HELD and schema[key] != _NO_EFFECT.get(key, ...))
             keyword = next(not_held, None)
             if keyword is not None:
                 raise self.error(place, f"{keyword!r} cannot be held to in a call")
