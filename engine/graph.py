@@ -206,24 +206,34 @@ class Graph:
         return Path(self._session.end_profiling())
 
     def _open(self, path: Path, options: onnxruntime.SessionOptions, capture: bool) -> onnxruntime.InferenceSession:
-        provider = _PROVIDERS[self.device.kind]
-        facts = {"device_id": str(self.device.index)}
-        if capture and self.device.kind == "cuda":
-            try:
-                session = onnxruntime.InferenceSession(
-                    path, options, providers=[(provider, facts | {"enable_cuda_graph": "1"})]
-                )
-                return self._on_device(session)
-            except DeviceError:
-                raise
-            except Exception as error:  # a graph that is broken fails again below
-                self.uncaptured_because = _first_line(error)
-        settings: list[Any] = [(provider, facts) if self.device.kind == "cuda" else provider]
+        if self.device.kind == "cuda":
+            return self._open_cuda(path, options, capture)
         try:
-            session = onnxruntime.InferenceSession(path, options, providers=settings)
+            return onnxruntime.InferenceSession(path, options, providers=[_PROVIDERS[self.device.kind]])
         except Exception as error:  # onnxruntime raises a dozen unrelated classes
             raise BundleError(f"{path.name} cannot be loaded: {_first_line(error)}") from None
-        return self._on_device(session)
+
+    def _open_cuda(
+        self, path: Path, options: onnxruntime.SessionOptions, capture: bool
+    ) -> onnxruntime.InferenceSession:
+        facts = {"device_id": str(self.device.index)}
+        for extra in ({"enable_cuda_graph": "1"}, {}) if capture else ({},):
+            try:
+                session = onnxruntime.InferenceSession(
+                    *(path, options),
+                    providers=[(_PROVIDERS["cuda"], facts | extra)],
+                    enable_fallback=0,  # onnxruntime's own is to print, and to run on the CPU
+                )
+            except Exception as error:
+                if extra:  # the only difference; what else is wrong fails again
+                    self.uncaptured_because = _first_line(error)
+                    continue
+                if "cuda" in str(error).lower():
+                    reason = _cuda_problem() or _first_line(error)
+                    raise DeviceError(f"{path.name} cannot run on {self.device}: {reason}") from None
+                raise BundleError(f"{path.name} cannot be loaded: {_first_line(error)}") from None
+            return self._on_device(session)
+        raise AssertionError("unreachable")
 
     def _on_device(self, session: onnxruntime.InferenceSession) -> onnxruntime.InferenceSession:
         """`session`, if it came up on the device and not on the CPU instead."""

@@ -10,7 +10,7 @@ import pytest
 from siglance.engine import cuda, graph
 from siglance.engine.bundle import Bundle
 from siglance.engine.cuda import Wheel, captures_runs, driver_version, installed_wheels, load_libraries, problem
-from siglance.engine.errors import DeviceError
+from siglance.engine.errors import BundleError, DeviceError
 from siglance.engine.graph import Device, Graph, has_device, resolve_device
 from siglance.engine.runtime import Runtime
 
@@ -124,7 +124,7 @@ def cpu_session(monkeypatch):
     real = onnxruntime.InferenceSession
     asked: list[object] = []
 
-    def open_session(path, options, providers):
+    def open_session(path, options, providers, **_):
         asked.append(providers)
         return real(path, options, providers=["CPUExecutionProvider"])
 
@@ -172,7 +172,8 @@ def test_a_graph_that_cannot_be_captured_runs_without_and_says_why(tiny_model, m
     asked: list[dict[str, str]] = []
 
     class OnCuda:
-        def __init__(self, path, options, providers):
+        def __init__(self, path, options, providers, enable_fallback):
+            assert not enable_fallback  # else onnxruntime would print, and take the CPU
             asked.append(providers[0][1])
             if "enable_cuda_graph" in asked[-1] and self.refuses:
                 raise RuntimeError("This session cannot use the graph capture feature\nmore")
@@ -199,6 +200,27 @@ def test_a_graph_that_cannot_be_captured_runs_without_and_says_why(tiny_model, m
     assert decoder.uncaptured_because is None
     assert not Graph(bundle.path("decoder"), Device("cuda")).captures
     assert len(asked) == 4
+
+
+@pytest.mark.parametrize(
+    ("driver", "text", "kind", "message"),
+    [
+        ("535.1", "CUDA failure 35: insufficient driver", DeviceError, "cannot run on cuda:2: .*580 or later"),
+        ("580.1", "CUDA failure 100: no CUDA-capable device", DeviceError, "cannot run on cuda:2: CUDA failure 100"),
+        ("580.1", "Protobuf parsing failed.", BundleError, "cannot be loaded: Protobuf"),
+    ],
+)
+def test_a_session_that_does_not_come_up(tiny_model, monkeypatch, driver, text, kind, message):
+    """What onnxruntime says of the device, and what it says of the file."""
+    bundle = tiny_model("gemma3").bundle
+    pretend(monkeypatch, driver=driver)
+
+    def refuse(*_, **__):
+        raise RuntimeError(text)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", refuse)
+    with pytest.raises(kind, match=message):
+        Graph(bundle.path("decoder"), Device("cuda", 2), capture=True)
 
 
 def test_capture_can_be_switched_off(monkeypatch):
