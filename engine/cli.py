@@ -102,7 +102,7 @@ def run(
     ] = None,
     repetition_penalty: Annotated[
         float | None,
-        typer.Option(metavar="F", help="Divides the logit of tokens of the prompt and the reply; 1 is off."),
+        typer.Option(metavar="F", help="0.01 to 100, divides the logit of tokens of the prompt and the reply."),
     ] = None,
     logit_bias: Annotated[
         list[str] | None, typer.Option(metavar="ID=F", help="Add -100 to 100 to the logit of a token.")

@@ -22,7 +22,10 @@ from .errors import ModelOutputError, SamplingError
 from .manifest import SamplingFacts
 from .penalties import Penalties
 
-__all__ = ["Effective", "Sampler", "Sampling", "check_token_ids", "read_logit_bias", "resolve"]
+__all__ = ["REPETITION", "Effective", "Sampler", "Sampling", "check_token_ids", "read_logit_bias", "resolve"]
+
+REPETITION = (0.01, 100)
+"""Range of the repetition penalty. Beyond it logits would leave what numbers hold, and replies would be nonsense."""
 
 _SEEDS = 2**64
 _DRAWN_SEEDS = 2**53  # seeds are reported in JSON, and this is how far JavaScript counts exactly
@@ -38,7 +41,7 @@ class Sampling:
     min_p: 0 to 1; tokens less probable than min_p times the best are dropped; 0 keeps all.
     presence_penalty, frequency_penalty: -2 to 2; subtracted from the logit of a token that the reply has already, once
         and once per occurrence (OpenAI's definition).
-    repetition_penalty: above 0, up to 100; the logit of a token that the prompt or the reply has already is divided by
+    repetition_penalty: 0.01 to 100; the logit of a token that the prompt or the reply has already is divided by
         it if positive and multiplied if negative (transformers' definition); 1 is off. Soft tokens of media do not
         count, all other tokens of the prompt do.
     logit_bias: token id -> -100 to 100, added to the logit of that token.
@@ -202,7 +205,9 @@ _RANGES = {
     "min_p": _Range("a number between 0 and 1", lambda value: 0 <= value <= 1),
     "presence_penalty": _Range("a number between -2 and 2", lambda value: -2 <= value <= 2),
     "frequency_penalty": _Range("a number between -2 and 2", lambda value: -2 <= value <= 2),
-    "repetition_penalty": _Range("a number above 0, at most 100", lambda value: 0 < value <= 100),
+    "repetition_penalty": _Range(
+        f"a number between {REPETITION[0]} and {REPETITION[1]}", lambda value: REPETITION[0] <= value <= REPETITION[1]
+    ),
     "seed": _Range("an integer between 0 and 2**64 - 1", lambda value: 0 <= value < _SEEDS, whole=True),
 }
 _TOKEN_ID = _Range("a token id, an integer of 0 or more", lambda value: 0 <= value < 2**31, whole=True)

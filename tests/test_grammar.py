@@ -677,7 +677,7 @@ def test_the_options_of_the_command_line(siglance, tmp_path):
         (["--logit-bias", "5=nan"], "logit_bias of token 5 is nan"),
         (["--candidates", "0"], "candidates is 0, expected an integer between 1 and 128"),
         (["--logprobs", "21"], "logprobs is 21, expected an integer between 0 and 20"),
-        (["--repetition-penalty", "0"], "repetition_penalty is 0.0, expected a number above 0"),
+        (["--repetition-penalty", "0"], "repetition_penalty is 0.0, expected a number between 0.01 and 100"),
     ],
 )
 def test_options_that_cannot_be_used(siglance, tmp_path, monkeypatch, arguments, message):

@@ -23,7 +23,7 @@ PENALTIES = st.fixed_dictionaries(
     {
         "presence": st.sampled_from([0.0, 0.5, 2.0, -2.0]),
         "frequency": st.sampled_from([0.0, 0.3, 2.0, -1.0]),
-        "repetition": st.sampled_from([1.0, 1.1, 2.0, 0.5, 100.0, 1e-30]),
+        "repetition": st.sampled_from([1.0, 1.1, 2.0, 0.5, 100.0, 0.01]),
     }
 )
 BIAS = st.dictionaries(st.integers(0, SIZE - 1), st.sampled_from([-100.0, -1.5, 0.0, 3.0, 100.0]), max_size=5)
@@ -246,7 +246,10 @@ def test_law_log_probabilities_are_the_definition(seed, scale):
     [
         *(("presence_penalty", value, "between -2 and 2") for value in (-2.1, 2.1, math.nan, True, "1")),
         *(("frequency_penalty", value, "between -2 and 2") for value in (-2.1, 3, math.inf, False, [])),
-        *(("repetition_penalty", value, "above 0, at most 100") for value in (0, -1, 101, math.nan, math.inf, True)),
+        *(
+            ("repetition_penalty", value, "between 0.01 and 100")
+            for value in (0, 5e-324, 1e-40, 0.0099, -1, 101, math.nan, math.inf, True)
+        ),
         *(("logit_bias", {5: value}, "between -100 and 100") for value in (-101, 100.5, math.nan, True, "1", None)),
         *(("logit_bias", {key: 1.0}, "a token id") for key in (-1, 1.5, "5", True, 2**31)),
         *(("logit_bias", value, "a mapping") for value in ([(1, 2.0)], 3, "5=1")),
@@ -259,7 +262,7 @@ def test_case_27_values_out_of_range_are_refused_by_name_and_range(name, value, 
 
 def test_the_ends_of_the_ranges_are_in_range():
     Sampling(presence_penalty=-2, frequency_penalty=2, repetition_penalty=100, logit_bias={0: -100, 1: 100.0})
-    Sampling(presence_penalty=np.float32(0.5), repetition_penalty=1e-300, logit_bias={np.int64(3): np.float32(1)})
+    Sampling(presence_penalty=np.float32(0.5), repetition_penalty=0.01, logit_bias={np.int64(3): np.float32(1)})
 
 
 @pytest.mark.parametrize("ids", [[SIZE], [-1], [1.0], [True], ["1"], "1", 1, None])

@@ -1,10 +1,11 @@
-"""Server-sent events: replies as they are written, for the protocols that end a stream with `data: [DONE]`."""
+"""Replies as they are written, piece by piece: server-sent events, or whatever else a protocol puts around pieces."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Any
 
 from starlette.responses import StreamingResponse
@@ -13,24 +14,47 @@ from starlette.types import Receive, Scope, Send
 from ..reply import Chunk
 from .failures import Failure
 
-__all__ = ["EventStream"]
+__all__ = ["EVENTS", "Framing", "PieceStream"]
 
 _Chunks = AsyncGenerator[Chunk, None]
 _Write = Callable[[Chunk], Iterable[dict[str, Any]]]
 _WriteFailure = Callable[[Failure], dict[str, Any]]
 
-_DONE = "data: [DONE]\n\n"
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Framing:
+    """What stands around the pieces.
+
+    Attributes:
+        media_type: of the whole.
+        opening, closing: before the first piece, of which there is one always, and behind the last one, also where that
+            is a failure.
+        before, between, after: around each piece, and between two.
+        done: behind the last piece of a reply that is whole.
+    """
+
+    media_type: str
+    opening: str = ""
+    closing: str = ""
+    before: str = ""
+    between: str = ""
+    after: str = ""
+    done: str = ""
 
 
-class EventStream(StreamingResponse):
-    """The answer that sends each piece of a reply as an event.
+EVENTS = Framing(media_type="text/event-stream", before="data: ", after="\n\n", done="data: [DONE]\n\n")
+"""Server-sent events that end with [DONE]."""
+
+
+class PieceStream(StreamingResponse):
+    """The answer that sends the pieces of a reply.
 
     The reply is cancelled when the answer ends early. Whether the client is still there, the service watches.
     """
 
-    def __init__(self, chunks: _Chunks, write: _Write, write_failure: _WriteFailure):
-        """`write` gives the events of a piece, `write_failure` the event that says why nothing more comes."""
-        super().__init__(_events(chunks, write, write_failure), media_type="text/event-stream")
+    def __init__(self, chunks: _Chunks, write: _Write, write_failure: _WriteFailure, framing: Framing = EVENTS):
+        """`write` gives the pieces of a chunk, `write_failure` the piece that says why nothing more comes."""
+        super().__init__(_texts(chunks, write, write_failure, framing), media_type=framing.media_type)
         self._chunks = chunks
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -38,17 +62,23 @@ class EventStream(StreamingResponse):
             await self.stream_response(send)
 
 
-async def _events(chunks: _Chunks, write: _Write, write_failure: _WriteFailure) -> AsyncGenerator[str, None]:
+async def _texts(
+    chunks: _Chunks, write: _Write, write_failure: _WriteFailure, framing: Framing
+) -> AsyncGenerator[str, None]:
+    lead, tail = framing.opening, framing.done + framing.closing
     try:
         async for chunk in chunks:
-            for event in write(chunk):
-                yield _event(event)
+            for piece in write(chunk):
+                yield f"{lead}{framing.before}{_line(piece)}{framing.after}"
+                lead = framing.between
     except Failure as failure:
-        yield _event(write_failure(failure))
-        return
-    yield _DONE
+        tail = framing.closing
+        if failure.kind != "gone":
+            yield f"{lead}{framing.before}{_line(write_failure(failure))}{framing.after}"
+    if tail:
+        yield tail
 
 
-def _event(data: dict[str, Any]) -> str:
-    # In ASCII: some clients take U+2028 for the end of a line.
-    return f"data: {json.dumps(data, allow_nan=False, separators=(',', ':'))}\n\n"
+def _line(piece: dict[str, Any]) -> str:
+    # In ASCII: readers that cut a stream into lines may take other characters than line feeds for their ends, U+2028.
+    return json.dumps(piece, allow_nan=False, separators=(",", ":"))

@@ -38,6 +38,7 @@ class Gate:
         self._protocols = protocols
         self._settings = settings
         self._metrics = metrics
+        self._open = {_OPEN}.union(*(protocol.open_paths for protocol in protocols))
         self._keys = [_digest(key) for key in settings.api_keys]
         self._held, self._most_held = 0, _BODIES * settings.body_bytes  # bytes of bodies
         # Pages of the web can make a name of theirs stand for this machine, and a browser would take them for one
@@ -97,7 +98,7 @@ class Gate:
             name = _without_port(headers.get("host", ""))
             if name not in self._names:
                 raise Failure(403, f"this server is not called {name[:100]!r}", kind="forbidden")
-        if not self._keys or scope["path"] == _OPEN:
+        if not self._keys or scope["path"] in self._open:
             return
         number = self._number(_given_keys(headers, scope))
         if number is None:

@@ -21,6 +21,7 @@ class Protocol:
     Attributes:
         name: for metrics: "gemini", "openai" or "nim".
         routes: paths and what answers them. An endpoint raises `Failure`, and the application has it written.
+        open_paths: of these, the ones that need no key, as /health does: probes.
         owns: whether errors under this path are written in the protocol's shape, unknown paths included.
         write_failure: an error in the protocol's shape.
         openapi: path items by path template, as OpenAPI 3.1 has them.
@@ -33,3 +34,4 @@ class Protocol:
     write_failure: Callable[[Failure], Response]
     openapi: dict[str, Any]
     schemas: dict[str, Any] = field(default_factory=dict)
+    open_paths: frozenset[str] = frozenset()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from ..calls import ToolChoice
 from ..engine import DEFAULT_MAX_TOKENS
 from ..grammar import Grammar
 from ..parts import Turn
@@ -32,6 +33,8 @@ class Request:
     candidates: int = 1
     logprobs: int | None = None
     tools: tuple[ToolLike, ...] = ()
+    tool_choice: ToolChoice = "auto"
+    parallel_tool_calls: bool = True
     thinking: bool = False
 
     def spoken(self) -> str:
@@ -63,4 +66,6 @@ class Request:
             "format": self.format,
             "candidates": self.candidates,
             "logprobs": self.logprobs,
+            "tool_choice": self.tool_choice,
+            "parallel_tool_calls": self.parallel_tool_calls,
         }

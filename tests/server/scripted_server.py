@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +35,15 @@ class Actor:
         end = self._whole.manifest.stop_ids[0]
         self._runtime.lines = [[*self._spell(text), end] for text in texts]
         self._runtime.prompts = []
+
+    @contextlib.contextmanager
+    def failing(self, run: int, error: Exception) -> Iterator[None]:
+        """The decoder's run of this number raises an error, in each request."""
+        self._runtime.errors = {run: error}
+        try:
+            yield
+        finally:
+            self._runtime.errors = {}
 
     @property
     def heard(self) -> list[str]:

@@ -45,9 +45,9 @@ WRONG_BODIES = {
     "tools.functionDeclarations.name is missing": HI | {"tools": {"functionDeclarations": {}}},
     "parametersJsonSchema and parameters exclude each other": HI
     | {"tools": {"functionDeclarations": {"name": "f", "parameters": {}, "parametersJsonSchema": {}}}},
-    "toolConfig.functionCallingConfig.mode is 'ANY': a call cannot be forced": HI
+    "toolConfig.functionCallingConfig.mode is ANY, and no functions are declared": HI
     | {"toolConfig": {"functionCallingConfig": {"mode": "ANY"}}},
-    "toolConfig.functionCallingConfig.mode is 'auto': expected one of": HI
+    "toolConfig.functionCallingConfig.mode is 'auto', expected one of": HI
     | {"toolConfig": {"functionCallingConfig": {"mode": "auto"}}},
     "toolConfig.retrievalConfig is not known": HI | {"toolConfig": {"retrievalConfig": {}}},
     "safetySettings.category is 'HATE', expected one of": HI

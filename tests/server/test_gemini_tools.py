@@ -8,12 +8,9 @@ import logging
 import pytest
 from google.genai import errors, types
 
-from siglance.engine import Engine
-
-from ..scripted import ScriptedRuntime, scripted
-from ..tool_template import speller, thinking_bundle
 from .google_clients import COLUMNS, connected
 from .running import serving
+from .scripted_server import Actor
 
 CALL = '<|tool_call>call:weather{city:<|"|>Paris<|"|>}<tool_call|>'
 WAITS = "<|tool_response>"
@@ -32,49 +29,16 @@ DECLARED = (
 MANUAL = types.AutomaticFunctionCallingConfig(disable=True)
 
 
-class Model(ScriptedRuntime):
-    """Answers each request with the next of its scripts, and keeps the prompts."""
-
-    def __init__(self, engine: Engine):
-        super().__init__(engine.runtime, [])
-        self._spell = speller(engine)
-        self._decode = engine._tokenizer.decode
-        self._scripts: list[list[int]] = []
-        self._prompts: list[list[int]] = []
-
-    def says(self, *texts: str) -> None:
-        self._scripts, self._prompts = [self._spell(text) for text in texts], []
-
-    def session(self):
-        self.script = self._scripts.pop(0)
-        return super().session()
-
-    def logits(self, run: int):
-        if run == 0:
-            self._prompts.append(self.ids)
-        return super().logits(run)
-
-    @property
-    def prompts(self) -> list[str]:
-        return [self._decode(ids, skip_special_tokens=False) for ids in self._prompts]
+@pytest.fixture(scope="module")
+def actor(tmp_path_factory):
+    actor = Actor(tmp_path_factory.mktemp("tools"))
+    yield actor
+    actor.close()
 
 
 @pytest.fixture(scope="module")
-def engine(tmp_path_factory):
-    with Engine.open(thinking_bundle(tmp_path_factory.mktemp("tools")), threads=1) as engine:
-        yield engine
-
-
-@pytest.fixture(scope="module")
-def model(engine):
-    return Model(engine)
-
-
-@pytest.fixture(scope="module")
-def running(engine, model):
-    double, _ = scripted(engine, [])
-    double._runtime = model  # pyright: ignore[reportAttributeAccessIssue]
-    with serving({"scripted": double}) as running:
+def running(actor):
+    with serving({"scripted": actor.engine}) as running:
         yield running
 
 
@@ -88,25 +52,25 @@ def ask(client, contents, **config):
     return client.generate(contents, model="scripted", **config)
 
 
-def test_function_calling_by_hand(client, model):
+def test_function_calling_by_hand(client, actor):
     config = {"tools": [types.Tool(function_declarations=[WEATHER])], "automatic_function_calling": MANUAL}
-    model.says(f"Let me see.{CALL}{WAITS}", "It is warm.<turn|>")
+    actor.says(f"Let me see.{CALL}{WAITS}", "It is warm.")
     response = ask(client, "Is it warm?", **config)
     [call] = response.function_calls
     assert (call.name, call.args) == ("weather", {"city": "Paris"})
     assert response.candidates[0].content.parts[0].text == "Let me see."
     assert response.candidates[0].finish_reason is types.FinishReason.STOP
-    assert DECLARED in model.prompts[0]
+    assert DECLARED in actor.heard[0]
     result = types.Part.from_function_response(name="weather", response={"celsius": 20})
     result.function_response.id = call.id
     contents = [types.UserContent("Is it warm?"), response.candidates[0].content, types.UserContent([result])]
     assert ask(client, contents, **config).text == "It is warm."
     answered = "<|tool_response>response:weather{celsius:20}<tool_response|>"
-    assert model.prompts[1].endswith(f"<|turn>model\nLet me see.{CALL}{answered}")
+    assert actor.heard[1].endswith(f"<|turn>model\nLet me see.{CALL}{answered}")
 
 
-def test_function_calling_streamed(client, model):
-    model.says(f"Let me see.{CALL}{WAITS}")
+def test_function_calling_streamed(client, actor):
+    actor.says(f"Let me see.{CALL}{WAITS}")
     tools = [types.Tool(function_declarations=[WEATHER])]
     chunks = client.stream("Is it warm?", "scripted", tools=tools, automatic_function_calling=MANUAL)
     calls = [call for chunk in chunks for call in chunk.function_calls or ()]
@@ -114,7 +78,7 @@ def test_function_calling_streamed(client, model):
     assert "".join(chunk.text or "" for chunk in chunks if not chunk.function_calls) == "Let me see."
 
 
-def test_automatic_function_calling(client, model):
+def test_automatic_function_calling(client, actor):
     asked = []
 
     def weather(city: str) -> str:
@@ -122,31 +86,31 @@ def test_automatic_function_calling(client, model):
         asked.append(city)
         return "warm"
 
-    model.says(f"{CALL}{WAITS}", "It is warm.<turn|>")
+    actor.says(f"{CALL}{WAITS}", "It is warm.")
     logging.getLogger("google_genai.models").setLevel(logging.ERROR)
     response = ask(client, "Is it warm?", tools=[weather])
     assert response.text == "It is warm."
     assert asked == ["Paris"]
-    first, second = model.prompts
+    first, second = actor.heard
     assert 'Returns a value of the JSON schema {"type": "string"}.' in first
     assert f'{CALL}<|tool_response>response:weather{{result:<|"|>warm<|"|>}}<tool_response|>' in second
 
 
-def test_chat_with_automatic_function_calling(client, model):
+def test_chat_with_automatic_function_calling(client, actor):
     def weather(city: str) -> dict[str, int]:
         """Weather of a city."""
         return {"celsius": 20}
 
-    model.says(f"{CALL}{WAITS}", "It is warm.<turn|>", "You are welcome.<turn|>")
+    actor.says(f"{CALL}{WAITS}", "It is warm.", "You are welcome.")
     texts, history = client.chat("Is it warm?", "Thanks.", model="scripted", tools=[weather])
     assert texts == ["It is warm.", "You are welcome."]
     assert len(history) == 6
-    assert "response:weather{result:{celsius:20}}" in model.prompts[2]
+    assert "response:weather{result:{celsius:20}}" in actor.heard[2]
 
 
-def test_several_calls_of_one_function(client, model):
+def test_several_calls_of_one_function(client, actor):
     """Results that carry ids may come in any order."""
-    model.says(f"{CALL}{CALL.replace('Paris', 'Rome')}{WAITS}", "Warm.<turn|>")
+    actor.says(f"{CALL}{CALL.replace('Paris', 'Rome')}{WAITS}", "Warm.")
     config = {"tools": [types.Tool(function_declarations=[WEATHER])], "automatic_function_calling": MANUAL}
     response = ask(client, "Is it warm?", **config)
     calls = response.function_calls
@@ -160,30 +124,76 @@ def test_several_calls_of_one_function(client, model):
     ]
     contents = [types.UserContent("Is it warm?"), response.candidates[0].content, types.UserContent(results)]
     ask(client, contents, **config)
-    prompt = model.prompts[1]
+    prompt = actor.heard[1]
     assert prompt.index('{in:<|"|>Paris') < prompt.index('{in:<|"|>Rome')
 
 
-def test_tool_config(client, model):
-    def config(mode, *names):
-        calling = types.FunctionCallingConfig(mode=mode, allowed_function_names=list(names) or None)
-        tools = [types.Tool(function_declarations=[WEATHER, types.FunctionDeclaration(name="now")])]
-        return {"tools": tools, "tool_config": types.ToolConfig(function_calling_config=calling)}
-
-    model.says("Yes.<turn|>", "Yes.<turn|>", "Yes.<turn|>")
-    for mode, names in (("AUTO", []), ("AUTO", ["now"]), ("NONE", [])):
-        ask(client, "Is it warm?", automatic_function_calling=MANUAL, **config(mode, *names))
-    declared = [[f"declaration:{name}" in prompt for name in ("weather", "now")] for prompt in model.prompts]
-    assert declared == [[True, True], [False, True], [False, False]]
-    with pytest.raises(errors.ClientError, match=r"functionCallingConfig.mode is 'ANY': a call cannot be forced"):
-        ask(client, "Is it warm?", automatic_function_calling=MANUAL, **config("ANY"))
-    with pytest.raises(errors.ClientError, match="'later', which is not declared"):
-        ask(client, "Is it warm?", automatic_function_calling=MANUAL, **config("AUTO", "later"))
+NOW = types.FunctionDeclaration(name="now")
 
 
-def test_malformed_call(client, model):
+def calling(mode, *names, functions=(WEATHER, NOW)):
+    chosen = types.FunctionCallingConfig(mode=mode, allowed_function_names=list(names) or None)
+    tools = [types.Tool(function_declarations=list(functions))]
+    config = types.ToolConfig(function_calling_config=chosen)
+    return {"tools": tools, "tool_config": config, "automatic_function_calling": MANUAL}
+
+
+def test_tool_config(client, actor):
+    actor.says("Yes.", "Yes.", "Yes.", "Yes.")
+    for mode, names in (("AUTO", []), ("AUTO", ["now"]), ("VALIDATED", ["now"]), ("NONE", [])):
+        assert ask(client, "Is it warm?", **calling(mode, *names)).text == "Yes."
+    declared = [[f"declaration:{name}" in prompt for name in ("weather", "now")] for prompt in actor.heard]
+    assert declared == [[True, True], [False, True], [False, True], [False, False]]
+    for mode in ("AUTO", "ANY", "VALIDATED", "NONE"):
+        with pytest.raises(errors.ClientError, match="'later', which is not declared"):
+            ask(client, "Is it warm?", **calling(mode, "later"))
+
+
+def test_calls_that_must_come(client, actor):
+    """ANY; the model is shown all functions, and calls those that are allowed."""
+    actor.says("It is warm.", CALL + WAITS)
+    only = ask(client, "Is it warm?", **calling("ANY", functions=[NOW]), max_output_tokens=50)
+    assert {call.name for call in only.function_calls} == {"now"}
+    allowed = ask(client, "Is it warm?", **calling("ANY", "weather"))
+    assert [(call.name, call.args) for call in allowed.function_calls] == [("weather", {"city": "Paris"})]
+    assert "declaration:now" in actor.heard[1]
+    assert not any(part.text for part in allowed.candidates[0].content.parts)
+    actor.says("It is warm.")
+    chunks = client.stream("Is it warm?", "scripted", **calling("ANY", functions=[NOW]), max_output_tokens=50)
+    assert {call.name for chunk in chunks for call in chunk.function_calls or ()} == {"now"}
+
+
+def test_validated_calls(client, actor):
+    """Text may be written; a call is as it is declared."""
+    wrong = CALL.replace("weather", "now")
+    actor.says("It is warm.", f"Let me see.{wrong}", f"Let me see.{wrong}")
+    assert ask(client, "Is it warm?", **calling("VALIDATED")).text == "It is warm."
+    loose = ask(client, "Is it warm?", **calling("AUTO"))
+    assert loose.function_calls[0].args == {"city": "Paris"}
+    held = ask(client, "Is it warm?", **calling("VALIDATED"))
+    assert held.candidates[0].content.parts[0].text.startswith("Let me see.")
+    assert [(call.name, call.args) for call in held.function_calls] == [("now", {})]
+
+
+def test_calls_that_cannot_be_held_to_their_schema(client):
+    odd = types.FunctionDeclaration(name="f", parameters_json_schema={"type": "object", "patternProperties": {"a": {}}})
+    with pytest.raises(errors.ClientError, match="tool f: parameters: 'patternProperties' cannot be held to in a call"):
+        ask(client, "hi", **calling("ANY", functions=[odd]))
+
+
+def test_null_in_calls(client, actor):
+    """Google's `nullable`."""
+    city = types.Schema(type="STRING", nullable=True)
+    parameters = types.Schema(type="OBJECT", properties={"city": city}, required=["city"])
+    weather = types.FunctionDeclaration(name="weather", parameters=parameters)
+    actor.says(f"<|tool_call>call:weather{{city:null}}<tool_call|>{WAITS}")
+    [call] = ask(client, "Is it warm?", **calling("ANY", functions=[weather])).function_calls
+    assert call.args == {"city": None}
+
+
+def test_malformed_call(client, actor):
     """What the model wrote is not lost."""
-    model.says("<|tool_call>weather in Paris<tool_call|><turn|>")
+    actor.says("<|tool_call>weather in Paris<tool_call|>")
     response = ask(client, "hi", tools=[types.Tool(function_declarations=[WEATHER])], automatic_function_calling=MANUAL)
     [candidate] = response.candidates
     assert candidate.finish_reason is types.FinishReason.MALFORMED_FUNCTION_CALL
@@ -192,16 +202,16 @@ def test_malformed_call(client, model):
         assert "a call cannot be read" in candidate.finish_message
 
 
-def test_undeclared_call(client, model):
-    model.says(f"{CALL}{WAITS}")
+def test_undeclared_call(client, actor):
+    actor.says(f"{CALL}{WAITS}")
     response = ask(client, "hi")
     assert response.candidates[0].finish_reason is types.FinishReason.UNEXPECTED_TOOL_CALL
     assert response.function_calls[0].name == "weather"
 
 
-def test_thoughts(client, model):
+def test_thoughts(client, actor):
     config = types.ThinkingConfig(include_thoughts=True)
-    model.says(f"{THOUGHT}Warm.<turn|>")
+    actor.says(f"{THOUGHT}Warm.")
     response = ask(client, "Is it warm?", thinking_config=config)
     thought, answer = response.candidates[0].content.parts
     assert (thought.thought, thought.text) == (True, "hmm")
@@ -212,11 +222,11 @@ def test_thoughts(client, model):
     assert usage.total_token_count == (
         usage.prompt_token_count + usage.candidates_token_count + usage.thoughts_token_count
     )
-    assert "<|think|>" in model.prompts[0]
+    assert "<|think|>" in actor.heard[0]
 
 
-def test_thoughts_streamed(client, model):
-    model.says(f"{THOUGHT}Warm.<turn|>")
+def test_thoughts_streamed(client, actor):
+    actor.says(f"{THOUGHT}Warm.")
     chunks = client.stream("hi", "scripted", thinking_config=types.ThinkingConfig(include_thoughts=True))
     parts = [part for chunk in chunks for part in chunk.candidates[0].content.parts]
     assert "".join(part.text for part in parts if part.thought) == "hmm"
@@ -224,14 +234,14 @@ def test_thoughts_streamed(client, model):
 
 
 @pytest.mark.parametrize(("budget", "thinks"), [(0, False), (-1, True), (None, False)])
-def test_thinking_budget(client, model, budget, thinks):
+def test_thinking_budget(client, actor, budget, thinks):
     """Thoughts that were not asked for are counted and not shown."""
-    model.says(f"{THOUGHT}Warm.<turn|>")
+    actor.says(f"{THOUGHT}Warm.")
     config = types.ThinkingConfig(thinking_budget=budget)
     response = ask(client, "hi", thinking_config=config)
     assert [part.text for part in response.candidates[0].content.parts] == ["Warm."]
     assert response.usage_metadata.thoughts_token_count > 0
-    assert ("<|think|>" in model.prompts[0]) is thinks
+    assert ("<|think|>" in actor.heard[0]) is thinks
 
 
 def test_thinking_budget_that_cannot_be_kept(client):
@@ -241,25 +251,22 @@ def test_thinking_budget_that_cannot_be_kept(client):
         ask(client, "hi", thinking_config=types.ThinkingConfig(thinking_budget=0, include_thoughts=True))
 
 
-def test_thoughts_in_a_conversation(client, model):
+def test_thoughts_in_a_conversation(client, actor):
     """A thought goes back to the model with the call that it led to."""
-    model.says("Warm.<turn|>")
+    actor.says("Warm.")
     said = types.ModelContent(
         [types.Part(text="hmm", thought=True), types.Part.from_function_call(name="weather", args={"city": "Paris"})]
     )
     result = types.Part.from_function_response(name="weather", response={"celsius": 20})
     ask(client, [types.UserContent("Is it warm?"), said, types.UserContent([result])])
-    assert f"<|channel>thought\nhmm\n<channel|>{CALL}<|tool_response>response:weather" in model.prompts[0]
+    assert f"<|channel>thought\nhmm\n<channel|>{CALL}<|tool_response>response:weather" in actor.heard[0]
 
 
-def test_a_failure_within_a_stream(client, model):
+def test_a_failure_within_a_stream(client, actor):
     """It arrives as an error: an answer that has begun is not passed off as a whole one."""
-    model.says("It is warm.<turn|>")
-    model.errors = {3: RuntimeError("a secret of the server")}
-    try:
-        with pytest.raises(errors.ServerError, match="the server failed") as caught:
-            client.stream("hi", "scripted")
-    finally:
-        model.errors = {}
+    actor.says("It is warm.")
+    secret = RuntimeError("a secret of the server")
+    with actor.failing(3, secret), pytest.raises(errors.ServerError, match="the server failed") as caught:
+        client.stream("hi", "scripted")
     assert (caught.value.code, caught.value.status) == (500, "INTERNAL")
     assert "secret" not in json.dumps(caught.value.details)

@@ -148,7 +148,9 @@ def test_curl_health(server, state):
 
 
 def test_curl_key(demo):
+    """Probes come without one."""
     with serving(demo, Settings(api_keys=("sesame",)), makers=[nim.protocol]) as running:
+        assert [curl(running, path=f"/v1/health/{state}")[0] for state in ("live", "ready", "other")] == [200, 200, 401]
         body = json.dumps(message("describe"))
         assert curl(running, "--header", "Authorization: Bearer sesame", data=body)[0] == 200
         status, text = curl(running, "--header", "Authorization: Bearer wrong", data=body)

@@ -173,7 +173,7 @@ def check(read: Coroutine[Any, Any, Any]) -> None:
 def test_the_bodies_are_read(demo):
     asked = asyncio.run(read_chat(BODY, Names(demo), ACCESS))
     assert asked.stream
-    assert asked.one_call
+    assert not asked.request.parallel_tool_calls
     assert [turn.role for turn in asked.request.conversation] == ["system", "user", "assistant", "tool", "tool"]
     assert [type(part).__name__ for part in asked.request.conversation[1].parts] == ["Text", "Image", "Audio", "Pdf"]
     assert [turn.parts[0].result for turn in asked.request.conversation[3:]] == ["g", {}]  # in the order of the calls
@@ -263,13 +263,10 @@ def reply_of(candidates: list[list[tuple[str, str, tuple[ToolCall, ...]]]], reas
 @given(
     st.lists(PIECES, min_size=1, max_size=3),
     st.sampled_from(["stop_id", "stop_text", "length", "context"]),
-    st.booleans(),
 )
-def test_pieces_make_the_whole(demo, candidates, reason, one_call):
-    asked = Asked(
-        model=Model("demo", demo, 0), request=Request(conversation=()), stream=True, include_usage=True,
-        one_call=one_call, tier=False,
-    )  # fmt: skip
+def test_pieces_make_the_whole(demo, candidates, reason):
+    request = Request(conversation=())
+    asked = Asked(model=Model("demo", demo, 0), request=request, stream=True, include_usage=True, tier=False)
     reply = reply_of(candidates, reason)
     whole = Answer(asked).completion(reply)
     chunks = [
@@ -293,7 +290,6 @@ def test_pieces_make_the_whole(demo, candidates, reason, one_call):
         assert [call["index"] for call in calls] == list(range(len(calls)))
         expected = [call["function"] for call in message.get("tool_calls", ())]
         assert [call["function"] for call in calls] == expected
-        assert len(calls) <= 1 or not one_call
         assert all(isinstance(json.loads(function["arguments"]), dict) for function in expected)
         assert (choice["finish_reason"] == "length") == (reason in ("length", "context"))
         assert choice["finish_reason"] != "tool_calls" or calls

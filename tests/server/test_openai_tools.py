@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import enum
 import json
 
 import openai
+import pydantic
 import pytest
 
 from siglance.engine.server import openai as protocol
@@ -130,15 +132,52 @@ def test_tool_choice_none(client, actor):
     assert ask(client, tools=[WEATHER], tool_choice="none", response_format=form).choices[0].finish_reason == "stop"
 
 
-@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "weather"}}])
-def test_forced_tools_are_refused(client, choice):
-    with pytest.raises(openai.BadRequestError, match="no call can be forced here") as caught:
-        ask(client, tools=[WEATHER], tool_choice=choice)
-    assert caught.value.param == "tool_choice"
+NOW = {"type": "function", "function": {"name": "now"}}
+NAMED = {"type": "function", "function": {"name": "weather"}}
+
+
+def allowed(mode, *names):
+    tools = [{"type": "function", "function": {"name": name}} for name in names]
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}
+
+
+@pytest.mark.parametrize("choice", ["required", NAMED, allowed("required", "weather")])
+def test_calls_that_must_come(client, actor, choice):
+    actor.says(CALL, CALL)
+    [one] = ask(client, tools=[WEATHER, NOW], tool_choice=choice).choices
+    [call] = one.message.tool_calls
+    assert (call.function.name, json.loads(call.function.arguments)) == ("weather", {"city": "Paris"})
+    assert (one.message.content, one.finish_reason) == (None, "tool_calls")
+    assert "declaration:now" in actor.heard[0]
+    chunks = client.stream([ASKED], model="actor", tools=[WEATHER, NOW], tool_choice=choice)
+    assert [call.function.name for chunk in chunks for call in chunk.choices[0].delta.tool_calls or ()] == ["weather"]
+    assert joined(chunks) == ""
+
+
+def test_a_call_comes_whatever_the_model_would_say(client, actor):
+    actor.says("It is.", f"{THOUGHT}It is.")
+    named = {"type": "function", "function": {"name": "now"}}
+    [one] = ask(client, tools=[WEATHER, NOW], tool_choice=named).choices
+    assert [(call.function.name, call.function.arguments) for call in one.message.tool_calls] == [("now", "{}")]
+    [one] = ask(client, tools=[WEATHER, NOW], tool_choice=named, reasoning_effort="low").choices
+    assert one.message.reasoning_content == "hmm"
+    assert [call.function.name for call in one.message.tool_calls] == ["now"]
+
+
+def test_tools_that_are_allowed(client, actor):
+    actor.says("It is.")
+    assert ask(client, tools=[WEATHER, NOW], tool_choice=allowed("auto", "now")).choices[0].message.content == "It is."
+    assert "declaration:weather" not in actor.heard[0]
+
+
+def test_a_call_that_must_come_and_is_cut(client, actor):
+    actor.says(CALL)
+    [choice] = ask(client, tools=[WEATHER], tool_choice="required", max_tokens=5).choices
+    assert (choice.finish_reason, choice.message.tool_calls) == ("length", None)
 
 
 def test_parallel_tool_calls(client, actor):
-    """Without them the first call is given out."""
+    """Without them the reply ends with the first call."""
     actor.says(CALL + ROME, CALL + ROME, CALL + ROME)
     whole = ask(client, tools=[WEATHER], parallel_tool_calls=False).choices[0].message
     assert [json.loads(call.function.arguments)["city"] for call in whole.tool_calls] == ["Paris"]
@@ -155,16 +194,53 @@ def test_a_call_that_is_cut(client, actor):
     assert choice.message.tool_calls is None
 
 
-def test_tools_exclude_a_format(client):
-    with pytest.raises(openai.BadRequestError, match="response_format excludes tools"):
-        ask(client, tools=[WEATHER], response_format={"type": "json_object"})
+def test_tools_and_a_format(client, actor):
+    """A reply is in its form, or calls."""
+    form = {"type": "json_object"}
+    actor.says('{"warm": true}', CALL)
+    said = ask(client, tools=[WEATHER], response_format=form).choices[0]
+    assert (json.loads(said.message.content), said.finish_reason) == ({"warm": True}, "stop")
+    called = ask(client, tools=[WEATHER], response_format=form).choices[0]
+    assert (called.message.content, called.finish_reason) == (None, "tool_calls")
+    with pytest.raises(openai.BadRequestError, match="response_format excludes a tool_choice by which calls must come"):
+        ask(client, tools=[WEATHER], response_format=form, tool_choice="required")
 
 
-def test_strict_tools_are_refused(client):
-    tool = {"type": "function", "function": WEATHER["function"] | {"strict": True}}
-    with pytest.raises(openai.BadRequestError, match="calls are not held to their schema") as caught:
+class Unit(enum.Enum):
+    celsius = "celsius"
+    kelvin = "kelvin"
+
+
+class Forecast(pydantic.BaseModel):
+    """As the client's own helpers declare a function: strict, each argument required, defaults as null."""
+
+    city: str
+    days: int | None = None
+    unit: Unit = Unit.celsius
+    tags: list[str] = []
+
+
+def test_strict_tools(client, actor):
+    tool = openai.pydantic_function_tool(Forecast, name="weather")
+    assert tool["function"]["strict"]
+    written = '<|tool_call>call:weather{city:<|"|>Paris<|"|>,days:null,tags:[],unit:<|"|>kelvin<|"|>}<tool_call|>'
+    actor.says(f"Let me see.{written}", "It is.", f"Let me see.{CALL}")
+    [choice] = ask(client, tools=[tool]).choices
+    assert choice.message.content == "Let me see."
+    [call] = choice.message.tool_calls
+    assert Forecast.model_validate_json(call.function.arguments) == Forecast(city="Paris", unit=Unit.kelvin)
+    assert ask(client, tools=[tool]).choices[0].message.content == "It is."
+    [choice] = ask(client, tools=[tool], max_tokens=300).choices
+    for call in choice.message.tool_calls or ():
+        Forecast.model_validate_json(call.function.arguments)
+    assert choice.message.tool_calls or choice.finish_reason == "length"
+
+
+def test_a_strict_tool_that_cannot_be_held_to_its_schema(client):
+    odd = {"type": "object", "properties": {"a": {"not": {"type": "string"}}}}
+    tool = {"type": "function", "function": {"name": "f", "parameters": odd, "strict": True}}
+    with pytest.raises(openai.BadRequestError, match=r"tool f: parameters.a: 'not' cannot be held to in a call"):
         ask(client, tools=[tool])
-    assert caught.value.param == "tools[0].function.strict"
 
 
 @pytest.mark.parametrize("effort", ["minimal", "low", "medium", "high", "xhigh", "max"])
@@ -217,12 +293,8 @@ def test_white_space_and_quotes_in_json(client, actor):
 def test_an_error_in_the_middle_of_a_stream(client, actor, stage):
     """The client has what came before, then the error; the server goes on."""
     actor.says("It is warm.")
-    actor._runtime.errors = {3: RuntimeError("/secret/path")}
-    try:
-        with pytest.raises(openai.APIError) as caught:
-            client.stream([ASKED], model="actor")
-    finally:
-        actor._runtime.errors = {}
+    with actor.failing(3, RuntimeError("/secret/path")), pytest.raises(openai.APIError) as caught:
+        client.stream([ASKED], model="actor")
     assert "secret" not in str(caught.value)
     assert caught.value.type == "server_error"
     actor.says("It is.")

@@ -6,7 +6,6 @@
     config.py      what it wants: generation, tools, safety
     schemas.py     Google's form of schemas as JSON schemas
     replies.py     replies, pieces of replies, models and errors as Google writes them
-    streams.py     pieces of replies on their way out
     document.py    the paths in OpenAPI
 
 Readers and writers know nothing of HTTP. Fields are written in camelCase and read in either spelling.

@@ -5,11 +5,13 @@ Fields that this server cannot follow are not read here, so that they are refuse
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ...calls import ToolChoice
 from ...grammar import Grammar
 from ...logprobs import MAX_LOGPROBS
 from ...manifest import Manifest
@@ -33,7 +35,7 @@ MAX_PENALTY = 2.0
 _MAX_TOKENS = 2**31 - 1
 _SEEDS = -(2**31), 2**64 - 1  # Google's are 32 bits with a sign
 
-_MODES = ("MODE_UNSPECIFIED", "AUTO", "NONE")
+MODES = ("MODE_UNSPECIFIED", "AUTO", "ANY", "NONE", "VALIDATED")
 MIME_TYPES = _PLAIN, _JSON, _ENUM = "text/plain", "application/json", "text/x.enum"
 _SCHEMAS = ("responseSchema", "responseJsonSchema")
 
@@ -78,9 +80,14 @@ def read_request(body: Fields, manifest: Manifest, models: Collection[str]) -> A
     config = body.object("generationConfig") or Fields({}, body.path("generationConfig"), both_cases=True)
     resolution = config.choice("mediaResolution", LEVELS)
     turns = read_contents(body, manifest, resolution)
-    tools = _allowed(body, _tools(body))
+    tools, choice = _allowed(body, _tools(body))
     thinking, thoughts = _thinking(config)
-    options = _generation(config) | {"system": read_system(body), "tools": tools, "thinking": thinking}
+    options = _generation(config) | {
+        "system": read_system(body),
+        "tools": tools,
+        "thinking": thinking,
+        "tool_choice": choice,
+    }
     config.finish()
     unenforced = _safety(body)
     body.finish()
@@ -235,19 +242,19 @@ def _either(function: Fields, google: str, standard: str) -> dict[str, Any] | No
     return None if schema is None else plain_schema(schema)
 
 
-def _allowed(body: Fields, tools: tuple[Tool, ...]) -> tuple[Tool, ...]:
-    """The functions that the model may call, by toolConfig."""
+def _allowed(body: Fields, tools: tuple[Tool, ...]) -> tuple[tuple[Tool, ...], ToolChoice]:
+    """The functions that the model is shown, and whether it may call them or must, by toolConfig.
+
+    With ANY it is shown all and must call those that are allowed; otherwise it is shown those.
+    """
     config = body.object("toolConfig")
     if config is None:
-        return tools
+        return tools, "auto"
     calling = config.object("functionCallingConfig")
     config.finish()
     if calling is None:
-        return tools
-    mode = calling.text("mode") or _MODES[0]
-    if mode not in _MODES:
-        why = "a call cannot be forced" if mode in ("ANY", "VALIDATED") else f"expected one of {', '.join(_MODES)}"
-        raise calling.failure("mode", f"is {mode[:40]!r}: {why}")
+        return tools, "auto"
+    mode = calling.choice("mode", MODES) or MODES[0]
     names = calling.texts("allowedFunctionNames")
     calling.finish()
     known = {tool.name for tool in tools}
@@ -255,9 +262,14 @@ def _allowed(body: Fields, tools: tuple[Tool, ...]) -> tuple[Tool, ...]:
     if unknown is not None:
         raise calling.failure("allowedFunctionNames", f"has {unknown[:40]!r}, which is not declared")
     if mode == "NONE":
-        return ()
+        return (), "none"
+    if mode == "ANY":
+        if not tools:
+            raise calling.failure("mode", "is ANY, and no functions are declared")
+        return tools, names or "required"
     chosen = set(names or known)
-    return tuple(tool for tool in tools if tool.name in chosen)
+    strict = mode == "VALIDATED"
+    return tuple(dataclasses.replace(tool, strict=strict) for tool in tools if tool.name in chosen), "auto"
 
 
 # --- safety

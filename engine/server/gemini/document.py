@@ -7,7 +7,7 @@ from typing import Any
 
 from ...logprobs import MAX_LOGPROBS
 from ..service import DEFAULT_MODEL
-from .config import MAX_CANDIDATES, MAX_PENALTY, MAX_STOPS, MAX_TEMPERATURE, MIME_TYPES, THRESHOLDS
+from .config import MAX_CANDIDATES, MAX_PENALTY, MAX_STOPS, MAX_TEMPERATURE, MIME_TYPES, MODES, THRESHOLDS
 from .media import LEVELS, MAX_FPS, PART_LEVELS
 
 __all__ = ["GEMINI", "PROJECTS", "PUBLISHED", "SCHEMAS", "paths"]
@@ -112,7 +112,7 @@ SCHEMAS: dict[str, Schema] = {
     ),
     "GeminiSchema": {**_OPEN, "description": "Google's form of schemas, types in capitals."},
     "GeminiToolConfig": _object(
-        functionCallingConfig=_object(mode={"enum": ["AUTO", "NONE"]}, allowedFunctionNames=_list(_TEXT))
+        functionCallingConfig=_object(mode={"enum": list(MODES)}, allowedFunctionNames=_list(_TEXT))
     ),
     "GeminiSafetySetting": {
         **_object("category", "threshold", category=_TEXT, threshold={"enum": list(THRESHOLDS)}, method=_TEXT),

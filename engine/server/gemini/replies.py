@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import itertools
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ...engine import Engine
@@ -58,23 +58,23 @@ class Writer:
         candidates = [self._whole(index, candidate) for index, candidate in enumerate(reply.candidates)]
         return self._response(candidates) | {"usageMetadata": usage_json(reply.usage)}
 
-    def piece(self, chunk: Chunk) -> dict[str, Any] | None:
-        """A piece of a stream, None for one with nothing in it that was asked for.
+    def pieces(self, chunk: Chunk) -> Iterator[dict[str, Any]]:
+        """The piece of a stream, none for a chunk with nothing in it that was asked for.
 
         The last one says of all candidates how they ended.
         """
         parts = self._parts(chunk.text, chunk.thought, chunk.tool_calls)
         scores = logprobs_json(chunk.logprobs) if chunk.logprobs else {}
         if chunk.reply is None:
-            if not parts and not scores:
-                return None
-            return self._response([_candidate(chunk.candidate, parts) | scores])
+            if parts or scores:
+                yield self._response([_candidate(chunk.candidate, parts) | scores])
+            return
         ended = [
             _candidate(index, parts if index == chunk.candidate else []) | self._end(candidate)
             for index, candidate in enumerate(chunk.reply.candidates)
         ]
         ended[chunk.candidate] |= scores
-        return self._response(ended) | {"usageMetadata": usage_json(chunk.reply.usage)}
+        yield self._response(ended) | {"usageMetadata": usage_json(chunk.reply.usage)}
 
     def _response(self, candidates: Sequence[dict[str, Any]]) -> dict[str, Any]:
         note = {}

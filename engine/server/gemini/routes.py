@@ -12,8 +12,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import re
-from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Sequence
-from contextlib import aclosing
+from collections.abc import Awaitable, Callable, Collection, Sequence
 
 from starlette.datastructures import Headers
 from starlette.requests import Request as HttpRequest
@@ -22,9 +21,9 @@ from starlette.routing import Match, Route
 from starlette.types import Scope
 
 from ...manifest import Manifest
-from ...reply import Chunk
 from ..access import Access
 from ..bodies import Fields, read_object
+from ..events import Framing, PieceStream
 from ..failures import Failure
 from ..protocol import Protocol
 from ..service import Model, Service
@@ -32,13 +31,14 @@ from ..settings import Settings
 from .config import Asked, read_count, read_request
 from .document import GEMINI, PROJECTS, PUBLISHED, SCHEMAS, paths
 from .replies import Writer, count_json, error_json, model_json, publisher_model_json
-from .streams import array, events, stream
 
 __all__ = ["protocol"]
 
 _GOOGLE_HEADERS = ("x-goog-api-key", "x-goog-api-client")
 _VERBS = ("generateContent", "streamGenerateContent", "countTokens")
 _PAGE, _LARGEST_PAGE = 50, 1000
+_ARRAY = Framing(media_type="application/json", opening="[", between=",\r\n", closing="]")
+_EVENTS = Framing(media_type="text/event-stream", before="data: ", after="\r\n\r\n")
 _OWN = re.compile(r"/v1beta1?(/.*)?|/v1/(projects|publishers|tunedModels)(/.*)?|/v1/models/[^/]+:[^/]*")
 
 Endpoint = Callable[[HttpRequest], Awaitable[Response]]
@@ -129,8 +129,7 @@ class _Endpoints:
         except Failure as failure:
             body = error_json(failure)
             return JSONResponse([body] if listed else body, failure.status, _headers(failure))
-        pieces = _pieces(Writer(asked, model), chunks)
-        return stream(array(pieces), "application/json") if listed else stream(events(pieces), "text/event-stream")
+        return PieceStream(chunks, Writer(asked, model).pieces, error_json, _ARRAY if listed else _EVENTS)
 
     async def count(self, http: HttpRequest) -> Response:
         """The tokens of a prompt."""
@@ -180,19 +179,6 @@ class _Endpoints:
             raise Failure(400, f"pageToken is {first}, it must be a nextPageToken of this list", field="pageToken")
         end = first + min(size, _LARGEST_PAGE)
         return models[first:end], ({"nextPageToken": str(end)} if end < len(models) else {})
-
-
-async def _pieces(writer: Writer, chunks: AsyncGenerator[Chunk, None]) -> AsyncGenerator[dict[str, object], None]:
-    """Pieces as Google writes them; what goes wrong now that the answer has begun is the last one."""
-    async with aclosing(chunks):
-        try:
-            async for chunk in chunks:
-                piece = writer.piece(chunk)
-                if piece is not None:
-                    yield piece
-        except Failure as failure:
-            if failure.kind != "gone":
-                yield error_json(failure)
 
 
 def _answered(endpoint: Endpoint) -> Endpoint:

@@ -8,7 +8,7 @@ from starlette.routing import Route
 
 from ..access import Access
 from ..bodies import read_object
-from ..events import EventStream
+from ..events import PieceStream
 from ..failures import Failure
 from ..protocol import Protocol
 from ..service import Model, Service
@@ -28,7 +28,7 @@ def protocol(service: Service, settings: Settings, access: Access) -> Protocol:
         asked = await read_chat(await read_object(http, settings), access)
         answer = Answer()
         if asked.stream:
-            return EventStream(await service.begin(model, asked.request, http), answer.events, problem_of)
+            return PieceStream(await service.begin(model, asked.request, http), answer.events, problem_of)
         reply = await service.generate(model, asked.request, http)
         return JSONResponse(answer.whole(reply.candidates[0], reply.usage))
 
@@ -49,6 +49,7 @@ def protocol(service: Service, settings: Settings, access: Access) -> Protocol:
         write_failure=_write_failure,
         openapi=PATHS,
         schemas=SCHEMAS,
+        open_paths=frozenset(["/v1/health/live", "/v1/health/ready"]),
     )
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from ...calls import CHOICES, ToolChoice
 from ...decoding import MAX_CANDIDATES
 from ...engine import DEFAULT_MAX_TOKENS
 from ...errors import PromptError
 from ...grammar import Grammar
 from ...logprobs import MAX_LOGPROBS
-from ...sampling import Sampling
+from ...sampling import REPETITION, Sampling
 from ...tools import Tool
 from ..access import Access
 from ..bodies import Fields
@@ -19,12 +20,11 @@ from ..request import Request
 from ..service import Model, Service
 from .messages import Media, read_messages, refuse
 
-__all__ = ["EFFORTS", "MAX_STOPS", "MAX_TOOLS", "REPETITION", "Asked", "model_of", "read_chat"]
+__all__ = ["EFFORTS", "MAX_STOPS", "MAX_TOOLS", "Asked", "model_of", "read_chat"]
 
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 MAX_STOPS = 4
 MAX_TOOLS = 128
-REPETITION = (0.01, 100)  # smaller ones take logits beyond what numbers hold
 
 _SEEDS = 2**64
 _BOOKKEEPING = {"user": None, "safety_identifier": 128, "prompt_cache_key": None}  # texts: most characters
@@ -46,14 +46,13 @@ _NOT_HERE = {
 class Asked:
     """A chat completion as it was asked for.
 
-    `one_call` says that a reply may call one tool at most; `tier` that the reply has to name its service tier.
+    `tier` says that the reply has to name its service tier.
     """
 
     model: Model
     request: Request
     stream: bool
     include_usage: bool
-    one_call: bool
     tier: bool
 
 
@@ -63,10 +62,10 @@ async def read_chat(data: dict[str, Any], service: Service, access: Access) -> A
     model = model_of(service, body.text("model"))
     stream = bool(body.flag("stream"))
     include_usage = _stream_options(body, stream)
-    tools, one_call = _tools(body)
+    tools, choice = _tools(body)
     form = _format(body)
-    if tools and form is not None:
-        raise body.failure("response_format", "excludes tools: a reply that has a form cannot call one instead")
+    if form is not None and choice not in ("auto", "none"):
+        raise body.failure("response_format", "excludes a tool_choice by which calls must come")
     request = Request(
         conversation=await read_messages(body, Media(access, model.engine.manifest.image)),
         max_tokens=_max_tokens(body),
@@ -76,11 +75,13 @@ async def read_chat(data: dict[str, Any], service: Service, access: Access) -> A
         candidates=body.integer("n", 1, MAX_CANDIDATES) or 1,
         logprobs=_logprobs(body),
         tools=tools,
+        tool_choice=choice,
+        parallel_tool_calls=body.flag("parallel_tool_calls") is not False,
         thinking=body.choice("reasoning_effort", EFFORTS) not in (None, "none"),
     )
     tier = _bookkeeping(body)
     body.finish()
-    return Asked(model=model, request=request, stream=stream, include_usage=include_usage, one_call=one_call, tier=tier)
+    return Asked(model=model, request=request, stream=stream, include_usage=include_usage, tier=tier)
 
 
 def model_of(service: Service, name: str | None) -> Model:
@@ -107,17 +108,60 @@ def _stream_options(body: Fields, stream: bool) -> bool:
     return include_usage
 
 
-def _tools(body: Fields) -> tuple[tuple[Tool, ...], bool]:
-    """The tools that the model is shown, and whether it may call one of them only.
+def _tools(body: Fields) -> tuple[tuple[Tool, ...], ToolChoice]:
+    """The tools that the model is shown, and whether it may call them or must.
 
-    With the choice "none" it is shown none of them, so that it cannot ask for one.
+    With the choice "none" it is shown none. Of those that are allowed by a list it is shown these.
     """
     tools = tuple(_tool(item) for item in body.objects("tools", MAX_TOOLS) or ())
-    choice, parallel = body.value("tool_choice"), body.flag("parallel_tool_calls")
-    if choice not in (None, "none", "auto"):
-        shown = choice if isinstance(choice, str) else "an object"
-        raise body.failure("tool_choice", f"is {shown[:60]!r}, expected 'none' or 'auto': no call can be forced here")
-    return () if choice == "none" else tools, parallel is False
+    choice = body.value("tool_choice")
+    if isinstance(choice, dict):
+        return _object_choice(body.object("tool_choice") or Fields({}), tools)
+    choice = body.choice("tool_choice", CHOICES) or "auto"
+    if choice == "required" and not tools:
+        raise body.failure("tool_choice", "is 'required', and there are no tools")
+    return () if choice == "none" else tools, choice
+
+
+def _object_choice(choice: Fields, tools: tuple[Tool, ...]) -> tuple[tuple[Tool, ...], ToolChoice]:
+    kind = choice.choice("type", ("function", "allowed_tools"))
+    if kind is None:
+        raise choice.missing("type")
+    if kind == "function":
+        name = _named(choice, tools)
+        choice.finish()
+        return tools, (name if name not in CHOICES else [name])
+    allowed = choice.object("allowed_tools")
+    if allowed is None:
+        raise choice.missing("allowed_tools")
+    choice.finish()
+    mode, items = allowed.choice("mode", ("auto", "required")), allowed.objects("tools", MAX_TOOLS)
+    allowed.finish()
+    if mode is None or not items:
+        raise allowed.missing("tools" if mode else "mode")
+    names: list[str] = []
+    for item in items:
+        if item.choice("type", ("function",)) is None:
+            raise item.missing("type")
+        names.append(_named(item, tools))
+        item.finish()
+    if mode == "required":
+        return tools, names
+    return tuple(tool for tool in tools if tool.name in names), "auto"
+
+
+def _named(choice: Fields, tools: tuple[Tool, ...]) -> str:
+    """The name of a tool that is declared."""
+    function = choice.object("function")
+    if function is None:
+        raise choice.missing("function")
+    name = function.text("name")
+    if name is None:
+        raise function.missing("name")
+    function.finish()
+    if all(tool.name != name for tool in tools):
+        raise function.failure("name", f"is {name[:60]!r}, which is none of the tools")
+    return name
 
 
 def _tool(item: Fields) -> Tool:
@@ -129,13 +173,12 @@ def _tool(item: Fields) -> Tool:
     name = function.text("name")
     if name is None:
         raise function.missing("name")
-    if function.flag("strict"):
-        raise function.failure("strict", "is not supported: calls are not held to their schema, it must be false")
+    strict = bool(function.flag("strict"))
     description, parameters = function.text("description") or "", function.object("parameters")
     function.finish()
     item.finish()
     try:
-        return Tool(name, description, None if parameters is None else function.value("parameters"))
+        return Tool(name, description, None if parameters is None else function.value("parameters"), strict)
     except PromptError as error:
         raise Failure(400, f"{item.path('function')}: {error}", field=item.path("function")) from None
 

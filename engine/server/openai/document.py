@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from ...calls import CHOICES
 from ...decoding import MAX_CANDIDATES
 from ...engine import DEFAULT_MAX_TOKENS
 from ...logprobs import MAX_LOGPROBS
-from .config import EFFORTS, MAX_STOPS, MAX_TOOLS, REPETITION
+from ...sampling import REPETITION
+from .config import EFFORTS, MAX_STOPS, MAX_TOOLS
 
 __all__ = ["paths", "schemas"]
 
@@ -103,9 +105,16 @@ _MESSAGES = [
 _TOOL = _fields(
     {
         "type": {"const": "function"},
-        "function": _fields({"name": _TEXT}, {"description": _TEXT, "parameters": _OBJECT, "strict": {"const": False}}),
+        "function": _fields({"name": _TEXT}, {"description": _TEXT, "parameters": _OBJECT, "strict": _FLAG}),
     }
 )
+_CHOSEN = {"type": {"const": "function"}, "function": _fields({"name": _TEXT})}
+_ALLOWED = _fields({"mode": {"enum": ["auto", "required"]}, "tools": _list(_fields(_CHOSEN), minItems=1)})
+_CHOICES = [
+    {"enum": list(CHOICES)},
+    _fields(_CHOSEN),
+    _fields({"type": {"const": "allowed_tools"}, "allowed_tools": _ALLOWED}),
+]
 _FORMATS = [
     _fields({"type": {"enum": ["text", "json_object"]}}),
     _fields(
@@ -140,8 +149,8 @@ _REQUEST = _fields(
         "top_logprobs": {"type": "integer", "minimum": 0, "maximum": MAX_LOGPROBS},
         "response_format": {"anyOf": _FORMATS},
         "tools": _list(_TOOL, maxItems=MAX_TOOLS),
-        "tool_choice": {"enum": ["none", "auto"]},
-        "parallel_tool_calls": {"type": "boolean", "description": "false: of several calls the first is given."},
+        "tool_choice": {"anyOf": _CHOICES},
+        "parallel_tool_calls": {"type": "boolean", "description": "false: the reply ends with the first call."},
         "reasoning_effort": {"enum": list(EFFORTS), "description": "none is off, everything else is on."},
         "stream": _FLAG,
         "stream_options": _fields({}, {"include_usage": _FLAG, "include_obfuscation": {"const": False}}),

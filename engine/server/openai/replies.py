@@ -70,16 +70,15 @@ class Answer:
             delta["reasoning_content"] = chunk.thought
         if chunk.text:
             delta["content"] = chunk.text
-        calls = self._allowed(chunk.tool_calls, self._calls[index])
-        if calls:
-            first = self._calls[index]
-            delta["tool_calls"] = [{"index": first + place, **_call(call)} for place, call in enumerate(calls)]
-            self._calls[index] += len(calls)
+        if chunk.tool_calls:
+            numbered = enumerate(chunk.tool_calls, self._calls[index])
+            delta["tool_calls"] = [{"index": number, **_call(call)} for number, call in numbered]
+            self._calls[index] += len(chunk.tool_calls)
         if delta or chunk.logprobs:
             yield self._event(index, delta or {"content": ""}, logprobs=chunk.logprobs)
 
     def _choice(self, index: int, candidate: Candidate) -> dict[str, Any]:
-        calls = self._allowed(candidate.tool_calls)
+        calls = candidate.tool_calls
         message: dict[str, Any] = {
             "role": "assistant",
             "content": candidate.text if candidate.text or not calls else None,
@@ -95,10 +94,6 @@ class Answer:
             "finish_reason": self._finish_reason(candidate),
             "logprobs": None if candidate.logprobs is None else _logprobs(candidate.logprobs),
         }
-
-    def _allowed(self, calls: Sequence[ToolCall], given: int = 0) -> Sequence[ToolCall]:
-        """The calls that are given out, `given` of them before: a caller who wants one gets the first."""
-        return calls[: max(1 - given, 0)] if self._asked.one_call else calls
 
     def _event(
         self, index: int, delta: dict[str, Any], finish_reason: str | None = None, logprobs: Sequence[Logprob] = ()

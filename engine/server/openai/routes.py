@@ -8,7 +8,7 @@ from starlette.routing import Route
 
 from ..access import Access
 from ..bodies import read_object
-from ..events import EventStream
+from ..events import PieceStream
 from ..failures import Failure
 from ..protocol import Protocol
 from ..service import DEFAULT_MODEL, Service
@@ -33,7 +33,7 @@ def protocol(service: Service, settings: Settings, access: Access) -> Protocol:
         asked = await read_chat(await read_object(http, settings), service, access)
         answer = Answer(asked)
         if asked.stream:
-            return EventStream(await service.begin(asked.model, asked.request, http), answer.events, error_of)
+            return PieceStream(await service.begin(asked.model, asked.request, http), answer.events, error_of)
         return JSONResponse(answer.completion(await service.generate(asked.model, asked.request, http)))
 
     names = list(dict.fromkeys([*(model.name for model in service.models), DEFAULT_MODEL]))
