@@ -214,7 +214,10 @@ def is_sound_source(source: object) -> bool:
         view = memoryview(source).cast("B")
         return is_sound(bytes(view if view[4:8] == b"ftyp" else view[:_HEAD]))
     if isinstance(source, str) and is_data_uri(source):
-        return data_uri_type(source).startswith("audio/")
+        try:
+            return data_uri_type(source).startswith("audio/")
+        except InputError:  # whoever reads it says so, and of which part
+            return False
     if isinstance(source, str | os.PathLike):
         name = os.fsdecode(source)
         try:

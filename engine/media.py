@@ -16,14 +16,14 @@ import numpy as np
 import numpy.typing as npt
 import PIL.Image
 
-from .errors import DocumentError, ImageError, InputError
+from .errors import DocumentError, ImageError, InputError, VideoError
 from .image import load_image
 from .known_files import NOTHING_KNOWN, KnownFiles, file_key
 from .limits import DEFAULT_LIMITS, Limits
 from .parts import Image, Pdf, Video
 from .pdf import Page, is_pdf, open_pages
 from .sounds import PreparedSound
-from .sources import file_name, is_data_uri, read_source
+from .sources import file_name, is_data_uri, is_regular, read_source
 from .video import Clip, is_video, open_clip
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "part_name",
     "read_media",
     "read_video",
+    "readable_twice",
 ]
 
 # A page is drawn this many times larger per side than the model sees it, so that the one resampler of the engine does
@@ -119,13 +120,13 @@ def read_media(
     held = HeldPixels(0) if held is None else held
     if isinstance(part, Pdf):
         name = part_name("document", number, part.source)
-        return _pages(_read(part.source, limits, name, DocumentError), part, limits, name)
+        return _pages(_read(part.source, limits.max_bytes, name, DocumentError), part, limits, name)
     name = part_name("image", number, part.source)
     source = part.source
     if isinstance(source, np.ndarray | PIL.Image.Image):
         pixels = held.holding(lambda: load_image(source, limits=limits, name=name))
         return [_image(name, _size(pixels()), pixels, held)]
-    data = _read(source, limits, name, ImageError)
+    data = _read(source, limits.max_bytes, name, ImageError)
     if is_pdf(data):
         return _pages(data, Pdf(data, tokens=part.tokens), limits, part_name("document", number, part.source))
     pixels = held.holding(lambda: load_image(data, limits=limits, name=name))
@@ -162,6 +163,20 @@ def read_video(part: Video, number: int, limits: Limits, fps: float) -> PictureS
         raise AssertionError("the frames of a video come from its clip")
 
     return PictureSource(name, "video", size, size, no_pixels, clip=clip)
+
+
+def readable_twice(part: Video, number: int, limits: Limits) -> Video:
+    """The video from a source that its frames and its sound can both be read from: a file object gives its bytes once.
+
+    Raises VideoError.
+    """
+    name = part_name("video", number, part.source)
+    try:
+        if is_regular(part.source, limits.max_video_bytes):
+            return part
+    except InputError as error:
+        raise VideoError(f"{name}: {error}") from None
+    return dataclasses.replace(part, source=_read(part.source, limits.max_video_bytes, name, VideoError))
 
 
 def interleaved(
@@ -233,9 +248,9 @@ def part_name(kind: str, number: int, source: object) -> str:
     return f"{kind} {number} ({file})" if file else f"{kind} {number}"
 
 
-def _read(source: object, limits: Limits, name: str, kind: type[InputError]) -> bytes:
+def _read(source: object, max_bytes: int, name: str, kind: type[InputError]) -> bytes:
     try:
-        return read_source(source, limits.max_bytes)
+        return read_source(source, max_bytes)
     except InputError as error:
         raise kind(f"{name}: {error}") from error.__cause__
 

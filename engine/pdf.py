@@ -93,7 +93,7 @@ def open_pages(document: bytes, pages: str | int | Sequence[int] | None, limits:
         raise DocumentError(f"{name}: not a PDF")
     chosen = None if pages is None else page_numbers(pages, limits.max_pages, name)
     wanted = range(1, limits.max_pages + 1) if chosen is None else chosen
-    reply, _ = _ask({"pages": [number - 1 for number in wanted]}, document, limits, name)
+    reply, _ = _ask({"pages": _index_ranges(wanted)}, document, limits, name)
     count = reply["count"]
     if chosen is None and count > limits.max_pages:
         raise DocumentError(
@@ -114,6 +114,19 @@ def open_pages(document: bytes, pages: str | int | Sequence[int] | None, limits:
             raise DocumentError(f"{page}: a size of {width:g}x{height:g} points has no area")
         opened.append(Page(document, number - 1, height, width, page, limits))
     return opened
+
+
+def _index_ranges(numbers: Sequence[int]) -> list[tuple[int, int]]:
+    """Page numbers in their order as ranges of indices, ends excluded: a command line does not hold many numbers."""
+    if isinstance(numbers, range):
+        return [(numbers.start - 1, numbers.stop - 1)]
+    ranges: list[tuple[int, int]] = []
+    for number in numbers:
+        if ranges and ranges[-1][1] == number - 1:
+            ranges[-1] = (ranges[-1][0], number)
+        else:
+            ranges.append((number - 1, number))
+    return ranges
 
 
 def page_numbers(pages: str | int | Sequence[int], most: int, name: str) -> list[int]:

@@ -5,7 +5,7 @@ memory. So it never runs inside the engine's process, where it could take the ho
 user of PDFium in another thread. This file runs as a script and imports nothing of siglance.
 
 Question: JSON in the first argument; the document is on standard input.
-    {"path": [...], "memory": bytes, "seconds": s, "pages": [index, ...]}                     sizes of pages
+    {"path": [...], "memory": bytes, "seconds": s, "pages": [[first index, end], ...]}         sizes of pages
     {"path": [...], "memory": bytes, "seconds": s, "page": index, "height": h, "width": w}    one page drawn
 Answer: one line of JSON, then pixels where a page was asked for.
     {"count": pages of the document, "sizes": [[height, width] or null if the page is damaged, ...]}
@@ -58,12 +58,10 @@ def answer(pypdfium2: Any, question: dict[str, Any], data: bytes, out: BinaryIO)
     out.flush()
 
 
-def _measure(document: Any, pages: list[int], damaged: type[Exception]) -> dict[str, Any]:
+def _measure(document: Any, pages: list[list[int]], damaged: type[Exception]) -> dict[str, Any]:
     count = len(document)
     sizes: list[list[float] | None] = []
-    for index in pages:
-        if index >= count:
-            continue
+    for index in (index for first, end in pages for index in range(first, min(end, count))):
         try:
             width, height = document.get_page_size(index)  # of the crop box, turned by the page's rotation
         except damaged:

@@ -19,7 +19,7 @@ from .errors import BundleError, ContextFull, InputError, PromptError
 from .known_files import NOTHING_KNOWN, KnownFiles
 from .limits import Limits
 from .manifest import Manifest
-from .media import HeldPixels, PictureSource, interleaved, is_moving, part_name, read_media, read_video
+from .media import HeldPixels, PictureSource, interleaved, is_moving, part_name, read_media, read_video, readable_twice
 from .parts import Audio, Conversation, Image, Pdf, Video, Words, turns_of
 from .pictures import PreparedPicture, assign_spans, lay_out
 from .prompt import Message, Prompt, PromptBuilder, Text, Thought, sole_turn
@@ -27,7 +27,7 @@ from .reply import EncodedImage, EncodedSound, EncodedVideo, StageClock
 from .sounds import PreparedSound, longest_clip, prepare
 from .sources import FileSource
 from .template import ChatTemplate
-from .tools import ToolLike, read_tools
+from .tools import ToolCall, ToolLike, ToolResult, read_tools, strings
 
 __all__ = ["Layout", "Prepared", "ReadTurn", "Reader", "count_by_modality", "text_ids", "tower_identity"]
 
@@ -165,6 +165,7 @@ class Reader:
                 f"video {number}: this bundle does not know videos (modalities: {', '.join(self._manifest.modalities)})"
             )
         with clock.stage("decode_file"):
+            part = readable_twice(part, number, self._limits) if part.sound else part
             source = read_video(part, number, self._limits, video.fps)
         facts = dataclasses.replace(image, budgets=video.budgets, default_budget=video.default_budget)
         if not part.sound:
@@ -216,18 +217,27 @@ class Reader:
 
     def _check_length(self, messages: Sequence[Message]) -> None:
         """Refuse texts that cannot fit whatever their tokens are: those of 100 MB take minutes and gigabytes."""
-        texts = (part.text for message in messages for part in message.parts if isinstance(part, Text | Thought))
-        characters = sum(len(text) for text in texts if isinstance(text, str))
+        characters = sum(_characters(part) for message in messages for part in message.parts)
         if characters > _SOON_TOKENISED:
             longest = max(map(len, self._tokenizer.get_vocab()))
             if characters > longest * self._manifest.context:
                 raise ContextFull(-(-characters // longest), self._manifest.context, at_least=True)
 
     def _from_ids(self, ids: Sequence[int], messages: list[Message], media: list[Prepared]) -> Prompt:
-        texts = [part.text for message in messages for part in message.parts if isinstance(part, Text)]
-        if any(texts):
-            raise PromptError("a prompt given as ids cannot have text beside it")
+        for message in messages:
+            for part in message.parts:
+                if isinstance(part, Words) and part != Text(""):
+                    what = "text" if isinstance(part, Text) else f"a {type(part).__name__}"
+                    raise PromptError(f"a prompt given as ids cannot have {what} beside it")
         return assign_spans(self._prompts.from_ids(ids), media)
+
+
+def _characters(part: object) -> int:
+    """Characters of text in a part of a message, whatever a caller passed."""
+    if isinstance(part, Text | Thought):
+        return len(part.text) if isinstance(part.text, str) else 0
+    value = part.arguments if isinstance(part, ToolCall) else part.result if isinstance(part, ToolResult) else None
+    return sum(map(len, strings(value)))
 
 
 def tower_identity(manifest: Manifest) -> str:

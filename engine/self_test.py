@@ -27,6 +27,7 @@ __all__ = ["CaseResult", "VerifyReport", "formula_picture", "formula_sound", "re
 _STEPS = 8  # greedy steps after the prompt
 _TOP = 10  # logits stored per step
 _TEXT_TOKENS = 12
+_MOST_PIXELS = 2**20  # of a stored picture; those that are recorded have 20,160
 EQUAL = 1e-3  # largest logit difference that counts as equal: fp32 on another machine
 CLOSE = 0.1  # share of the logits' spread that another precision or device may lose
 
@@ -181,6 +182,9 @@ def _replay_soft_tokens(
         return None
     if facts is None:
         raise BundleError("self_test.json has a picture, the bundle has no vision input")
+    pixels = picture["height"] * picture["width"]
+    if not 0 < pixels <= _MOST_PIXELS:  # before anything of that size is made: a bundle is untrusted
+        raise BundleError(f"self_test.json has a picture of {pixels} pixels, the limit is {_MOST_PIXELS}")
     patches = _patches(picture, facts)
     return runtime.encode(patches.values, patches.positions, len(patches.values) // facts.pool_size**2)
 

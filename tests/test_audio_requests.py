@@ -312,12 +312,12 @@ def test_frames_stand_in_front_of_the_sound_they_are_shown_with(times, seconds, 
 
 
 def test_a_video_with_its_sound(engine, tmp_path):
-    """The same prompt as frames and sound one after the other; from a path and from bytes."""
+    """The same prompt as frames and sound one after the other; from a path, from bytes and from a file that is open."""
     data = video_with_sound(3.0)
     path = tmp_path / "a.mp4"
     path.write_bytes(data)
     separate = engine.generate([Video(path), Audio(path), "what?"], **SMALL)
-    for source in (path, data):
+    for source in (path, data, io.BytesIO(data)):
         together = engine.generate([Video(source, sound=True), "what?"], **SMALL)
         assert together.prompt_token_ids == separate.prompt_token_ids
         assert together.token_ids == separate.token_ids

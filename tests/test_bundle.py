@@ -173,7 +173,7 @@ def test_paths_stay_inside_the_folder(copy, path):
 def test_a_link_is_not_followed(copy, tmp_path):
     (copy / "weights.bin").rename(tmp_path / "elsewhere")
     (copy / "weights.bin").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(BundleError, match="symbolic link, and a bundle is a folder of regular files"):
+    with pytest.raises(BundleError, match=r"symbolic link to .*elsewhere, and a bundle is a folder of regular files"):
         Bundle.open(copy)
 
 
@@ -326,6 +326,7 @@ def first_step(values) -> dict:
         lambda values: values["cases"][1]["picture"].update(budget=71),
         lambda values: values["cases"][1]["picture"].update(height=-1),
         lambda values: values["cases"][1]["picture"].update(height=2**40),
+        lambda values: values["cases"][1]["picture"].update(height=2**14, width=2**14),
     ],
 )
 def test_a_self_test_that_is_none_is_an_error_and_never_equal(copy, original, change):
@@ -339,3 +340,60 @@ def test_a_self_test_that_is_none_is_an_error_and_never_equal(copy, original, ch
 def test_every_error_is_one_of_ours():
     assert issubclass(BundleError, SiglanceError)
     assert issubclass(UnsupportedBundle, BundleError)
+
+
+# --- bundles in the cache of huggingface-hub: a snapshot is a folder of links to the repository's blobs
+
+COMMIT = "c0ffee" + "0" * 34
+
+
+@pytest.fixture
+def snapshot(original, tmp_path):
+    """The bundle as `snapshot_download` leaves it."""
+    repository = tmp_path / "hub" / "models--acme--tiny"
+    blobs, folder = repository / "blobs", repository / "snapshots" / COMMIT
+    blobs.mkdir(parents=True)
+    folder.mkdir(parents=True)
+    for path in original.bundle.folder.iterdir():
+        name = hashlib.sha256(path.read_bytes()).hexdigest()
+        shutil.copyfile(path, blobs / name)
+        (folder / path.name).symlink_to(Path("../../blobs") / name)
+    return folder
+
+
+def test_a_bundle_in_the_cache_of_the_hub_opens(snapshot):
+    opened = Bundle.open(snapshot)
+    assert replay(opened, Runtime(opened)).result == "equal"
+
+
+def test_a_bundle_in_a_folder_of_a_snapshot_opens(snapshot):
+    inside = snapshot / "int4"
+    inside.mkdir()
+    for path in list(snapshot.iterdir()):
+        if path != inside:
+            (inside / path.name).symlink_to(path.resolve())
+    assert Bundle.open(inside).folder == inside.resolve()
+
+
+@pytest.mark.parametrize("place", ["outside", "other repository", "below blobs", "snapshots"])
+def test_links_of_a_snapshot_lead_to_its_own_blobs_only(snapshot, tmp_path, place):
+    weights = snapshot / "weights.bin"
+    target = {
+        "outside": tmp_path / "weights",
+        "other repository": tmp_path / "hub" / "models--acme--other" / "blobs" / "weights",
+        "below blobs": snapshot.parent.parent / "blobs" / "deeper" / "weights",
+        "snapshots": snapshot.parent / "weights",
+    }[place]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    weights.resolve().rename(target)
+    weights.unlink()
+    weights.symlink_to(target)
+    with pytest.raises(BundleError, match=r"files\.weights.*symbolic link to"):
+        Bundle.open(snapshot)
+
+
+def test_a_folder_that_only_looks_like_a_snapshot_is_not_one(snapshot, tmp_path):
+    """Without a commit's name there is no cache, and a link out of it stays refused."""
+    renamed = snapshot.rename(snapshot.parent / "main")
+    with pytest.raises(BundleError, match="symbolic link"):
+        Bundle.open(renamed)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image as PillowImage
 from tokenizers import Tokenizer
 
-from siglance.engine import Engine, Sampling, SiglanceError, Text
+from siglance.engine import Engine, Sampling, SiglanceError, Text, ToolCall, ToolResult, Turn
 from siglance.engine.errors import ContextFull, InputError, PromptError, SamplingError
 from siglance.export.exporter import export
 from siglance.export.families import ExportOptions
@@ -325,9 +325,15 @@ def test_a_text_that_no_tokens_could_make_fit_is_not_tokenised(short, monkeypatc
     monkeypatch.setattr(short._reader, "_prompts", None)
     longest = max(map(len, short._tokenizer.get_vocab()))
     characters = 1_000_000 + longest
-    for ask in (short.generate, short.count_tokens):
+    called = [
+        Turn("assistant", ToolCall("f", {"x": ["a" * 500_000]})),
+        Turn("tool", ToolResult("f", {"b": "c" * (500_000 + longest - 2)})),
+    ]
+    for ask, conversation in itertools.product(
+        (short.generate, short.count_tokens), ([Text("a" * 1_000_000), Text("b" * longest)], called)
+    ):
         with pytest.raises(ContextFull, match=r"at least \d+ tokens.*holds 64") as error:
-            ask([Text("a" * 1_000_000), Text("b" * longest)], raw=True)
+            ask(conversation, raw=True)
         assert error.value.prompt_tokens == -(-characters // longest)
 
 

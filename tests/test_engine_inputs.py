@@ -10,7 +10,7 @@ import pytest
 from PIL import Image as PillowImage
 from tokenizers import Tokenizer
 
-from siglance.engine import Engine, Image, Sampling, Text, Turn
+from siglance.engine import Engine, Image, Sampling, Text, Thought, ToolCall, Turn
 from siglance.engine.errors import ImageError, InputError, PromptError
 
 from .scripted import picture, scripted, with_manifest
@@ -310,6 +310,12 @@ def test_a_bundle_without_a_template_is_always_raw(engine):
             assert silent(base)[0].generate("hello", raw=raw).prompt_token_ids == expected
 
 
+@pytest.mark.parametrize("part", ["data:image/png", Image("data:audio/wav;base64")])
+def test_a_data_uri_without_a_payload_is_refused_by_its_number(engine, part):
+    with pytest.raises(ImageError, match="image 2: a data URI needs a comma"):
+        engine.generate([picture(), part, "what?"], **SMALL)
+
+
 def test_prompt_ids_with_pictures(engine):
     """The ids of a prompt, given back with its pictures, are the same request."""
     parts = [picture(), "and", picture(1, 40, 200)]
@@ -327,8 +333,10 @@ def test_prompt_ids_with_pictures(engine):
         engine.generate(pictures[:1], prompt_ids=first.prompt_token_ids, **SMALL)
     with pytest.raises(PromptError, match=r"runs of \[\] soft tokens"):
         engine.generate(pictures, prompt_ids=[2, 100, 101], **SMALL)
-    with pytest.raises(PromptError, match="text beside it"):
-        engine.generate([*pictures, "x"], prompt_ids=first.prompt_token_ids, **SMALL)
+    for words, what in (("x", "text"), (Thought("x"), "a Thought"), (ToolCall("f", {}), "a ToolCall")):
+        said = Turn("assistant", [*pictures, words])
+        with pytest.raises(PromptError, match=f"cannot have {what} beside it"):
+            engine.generate([said], prompt_ids=first.prompt_token_ids, **SMALL)
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 64])

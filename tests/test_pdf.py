@@ -237,6 +237,11 @@ def test_the_limit_on_pages():
     with pytest.raises(DocumentError, match=r"5 pages, the limit is 4; choose some, for example 1-4"):
         pages_of(document, limits=Limits(max_pages=4))
     assert len(pages_of(document, "2-5", limits=Limits(max_pages=4))) == 4
+    many = Limits(max_pages=10**6)  # their numbers would not fit on the command line of the worker
+    assert len(pages_of(document, limits=many)) == 5
+    assert [page.index for page in pages_of(document, "4-5, 1, 2, 2-3", limits=many)] == [3, 4, 0, 1, 1, 2]
+    with pytest.raises(DocumentError, match="page 6 does not exist, the document has 5"):
+        pages_of(document, "1-100000", limits=many)
     with pytest.raises(DocumentError, match="5 pages are asked for, the limit is 4"):
         pages_of(document, "1-5", limits=Limits(max_pages=4))
 
