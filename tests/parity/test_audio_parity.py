@@ -62,16 +62,22 @@ def test_log_mel_frames(layouts, record_property, length):
     waveform = speechlike(length)
     values, valid = layouts.features([waveform])
     assert not values[0][~valid[0]].any()  # frames that are not whole
-    record(record_property, f"{length} samples", reference.log_mel(waveform), values[0][valid[0]], 1e-4)
+    record(record_property, f"features, {length} samples", reference.log_mel(waveform), values[0][valid[0]], 1e-4)
 
 
 def test_transformers_rounds_loud_tones(layouts, record_property):
     """It multiplies and transforms in float32: at full scale that is 2e-4 beside the floor, in its values, not ours."""
     tone = np.sin(2 * np.pi * 1000 * np.arange(16_000) / 16_000).astype(np.float32)
     values, valid = layouts.features([tone])
-    record(record_property, "1 kHz at full scale", reference.log_mel(tone), values[0][valid[0]], 5e-4)
+    record(
+        record_property,
+        "rounding of transformers, 1 kHz at full scale",
+        reference.log_mel(tone),
+        values[0][valid[0]],
+        5e-4,
+    )
     quiet, valid = layouts.features([tone / 16])
-    record(record_property, "24 dB below", reference.log_mel(tone / 16), quiet[0][valid[0]], 1e-4)
+    record(record_property, "features, 24 dB below", reference.log_mel(tone / 16), quiet[0][valid[0]], 1e-4)
 
 
 # --- the tower
@@ -83,7 +89,7 @@ def test_soft_tokens(tower, layouts, record_property, length):
     waveform = speechlike(length, seed=length)
     [expected] = layouts.soft_tokens(model, [waveform])
     found = graph.run({"waveform": waveform})["soft_tokens"]
-    record(record_property, f"{length} samples", found, expected, 5e-5)
+    record(record_property, f"soft tokens, {length} samples", found, expected, 5e-5)
 
 
 def test_several_clips(tower, layouts, record_property):
@@ -92,7 +98,7 @@ def test_several_clips(tower, layouts, record_property):
     clips = [speechlike(length, seed=length) for length in (5000, 20_000, 700, 12_345)]
     for index, expected in enumerate(layouts.soft_tokens(model, clips)):
         found = graph.run({"waveform": clips[index]})["soft_tokens"]
-        record(record_property, f"clip {index}", found, expected, 5e-5)
+        record(record_property, f"soft tokens, clip {index}", found, expected, 5e-5)
 
 
 def test_token_counts_of_200_random_lengths(tower, layouts):
@@ -118,7 +124,7 @@ def test_a_window_of_13_keys_is_caught(tower, layouts, record_property):
     weights, config = load_checkpoint(folder)
     audio = dataclasses.asdict(Numbers()) | config["audio_config"]
     right = reference.soft_tokens(weights, config | {"audio_config": audio}, waveform)
-    record(record_property, "12 keys", right, expected, 5e-5)
+    record(record_property, "reference, 12 keys", right, expected, 5e-5)
     for left in (12, 14):
         wrong = reference.soft_tokens(
             weights, config | {"audio_config": audio | {"attention_context_left": left}}, waveform
@@ -149,7 +155,7 @@ def test_soft_tokens_of_bundles(pair, layouts, record_property):
     model, runtime = pair
     clips = [speechlike(length, seed=length) for length in (700, 5000, 16_000, 640, 641)]
     for clip, expected in zip(clips, layouts.soft_tokens(model, clips), strict=True):
-        record(record_property, f"{len(clip)} samples", tokens_of(runtime, clip), expected, 1e-4)
+        record(record_property, f"soft tokens, {len(clip)} samples", tokens_of(runtime, clip), expected, 1e-4)
 
 
 @pytest.mark.parametrize("kinds", [("audio",), ("audio", "audio"), ("image", "audio"), ("audio", "image", "audio")])
