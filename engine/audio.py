@@ -22,7 +22,16 @@ import numpy.typing as npt
 from .errors import AudioError, InputError
 from .known_files import NOTHING_KNOWN, KnownFiles, file_key
 from .limits import DEFAULT_LIMITS, Limits
-from .sources import FileSource, data_uri_type, file_name, is_data_uri, is_regular, read_source
+from .sources import (
+    FileSource,
+    can_go_back,
+    data_uri_type,
+    file_name,
+    head_of,
+    is_data_uri,
+    is_regular,
+    read_source,
+)
 from .worker import Worker
 
 __all__ = ["AudioSource", "Sound", "is_sound", "is_sound_source", "open_sound"]
@@ -211,8 +220,8 @@ def is_sound_source(source: object) -> bool:
     File objects that cannot go back are not looked into: they are not sounds unless `Audio` says so.
     """
     if isinstance(source, bytes | bytearray | memoryview):
-        view = memoryview(source).cast("B")
-        return is_sound(bytes(view if view[4:8] == b"ftyp" else view[:_HEAD]))
+        head = head_of(source, _HEAD)
+        return is_sound(head_of(source, memoryview(source).nbytes) if head[4:8] == b"ftyp" else head)
     if isinstance(source, str) and is_data_uri(source):
         try:
             return data_uri_type(source).startswith("audio/")
@@ -227,7 +236,7 @@ def is_sound_source(source: object) -> bool:
                 return name.lower().endswith(".pcm") or _begins_sound(file)
         except (OSError, ValueError):
             return _SOUND_NAME.fullmatch(name) is not None
-    if callable(getattr(source, "seekable", None)) and cast(BinaryIO, source).seekable():
+    if can_go_back(source):
         with contextlib.suppress(OSError, ValueError, TypeError):
             return _begins_sound(cast(BinaryIO, source))
     return False

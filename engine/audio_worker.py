@@ -282,7 +282,8 @@ def _feed_raw(av: Any, numpy: Any, rate: int, data: bytes, mixer: _Mixer) -> Non
 
 
 def _sentence(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]
+    """What FFmpeg says, without the number and the file that PyAV puts around it."""
+    return " ".join(str(getattr(error, "strerror", None) or error).split())[:200]
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from .manifest import MANIFEST_NAME, FileFact, Manifest, read_manifest
 __all__ = ["Bundle", "cache_folder", "demo_folder", "find_bundle"]
 
 _GRAPHS = ("vision", "audio", "embed", "decoder")
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 MANIFEST_BYTES = 1 << 20  # a manifest is a few kilobytes; anything near this is not one
 
 
@@ -51,7 +52,21 @@ def find_bundle(name: str | os.PathLike[str]) -> Path:
         if cached is not None and os.path.isfile(cached / MANIFEST_NAME):
             return cached
         tried.append(str(cached or "$SIGLANCE_HOME, which is not set"))
-    raise BundleError(f"no bundle {str(name)!r}: no {MANIFEST_NAME} in {' or '.join(tried)}")
+    raise BundleError(f"no bundle {str(name)!r}: no {MANIFEST_NAME} in {' or '.join(tried)}{_hint(name, path)}")
+
+
+def _hint(name: str | os.PathLike[str], path: Path) -> str:
+    """What somebody may have meant by a name that no bundle has."""
+    export = f"siglance export {str(name)!r} -o FOLDER"
+    if os.path.isfile(path / "config.json"):
+        return f"; it is a checkpoint, which becomes a bundle by: {export}"
+    if os.path.isfile(path):
+        if path.suffix.lower() == ".gguf":
+            return f"; it is a GGUF file, which becomes a bundle by: {export}"
+        return "; it is a file, and a bundle is a folder (pictures are given with -i)"
+    if isinstance(name, str) and _HUB_ID.fullmatch(name) and not os.path.exists(path):
+        return f"; if it is an id on the Hugging Face hub, it becomes a bundle by: {export}"
+    return ""
 
 
 class Bundle:

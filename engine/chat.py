@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Chat"]
 
-Said = PartLike | ToolResult | Sequence[PartLike] | Sequence[ToolResult]
+Said = PartLike | ToolResult | Sequence[PartLike | ToolResult]
 
 
 class Chat:

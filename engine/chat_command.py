@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
+import re
 import sys
+import urllib.parse
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -13,6 +16,7 @@ from typing import Any, BinaryIO
 from rich.console import Console
 
 from . import output
+from .attachments import named_files
 from .chat import Chat
 from .engine import Engine
 from .errors import ContextFull, InputError, SiglanceError
@@ -90,6 +94,7 @@ class _Loop:
         self._name = name
         self._attach = attach
         self._attached: list[tuple[Image | Pdf | Video | Audio, str]] = []
+        self._sees = False  # something has been attached since the beginning or /reset
         self._turns: list[dict[str, Any]] = []  # what /save writes
         self._calls: list[str] = []  # functions whose results the model waits for
         self._results: list[ToolResult] = []  # those that are there
@@ -122,6 +127,8 @@ class _Loop:
     def _say(self, text: str) -> None:
         if self._calls:
             raise InputError(f"{self._waiting()}; /reset forgets the conversation")
+        for name in [] if self._sees else named_files(text):
+            self.note(f"the model does not see the file {name}: /image {name} shows it")
         reply = self._write(self._chat.stream([*(part for part, _ in self._attached), Text(text)]))
         if reply is not None:
             shown = [{"type": "image", "source": source} for _, source in self._attached]
@@ -180,7 +187,7 @@ class _Loop:
         return f"the model waits for what {self._calls[len(self._results)]} returns: /result VALUE"
 
     def _image(self, argument: str) -> None:
-        source = _unquoted(argument)
+        source = _as_path(argument)
         if not source:
             raise InputError("/image needs the path of a file")
         part = self._attach(source)
@@ -189,17 +196,18 @@ class _Loop:
         if counts["total"] > self._engine.manifest.context:
             raise ContextFull(counts["total"], self._engine.manifest.context)
         self._attached.append((part, source))
+        self._sees = True
         self.note(f"{source}: {counts['total'] - counts['text']} tokens, goes with the next message")
 
     def _reset(self, argument: str) -> None:
         self._chat.reset()
-        self._turns, self._attached, self._calls, self._results = [], [], [], []
+        self._turns, self._attached, self._calls, self._results, self._sees = [], [], [], [], False
         self.note("forgotten")
 
     def _save(self, argument: str) -> None:
         if not argument:
             raise InputError("/save needs the path of a file")
-        path = Path(_unquoted(argument))
+        path = Path(_as_path(argument))
         output.check_place("/save", path)
         conversation = {"bundle": self._name, "system": self._chat.system, "turns": self._turns}
         data = json.dumps(conversation, ensure_ascii=False, indent=1).encode("utf-8", "surrogatepass")
@@ -219,13 +227,23 @@ class _Loop:
 
 def _is_file(line: str) -> bool:
     """Whether a line is what `Engine` would take for the path of a file, and there is one."""
-    [(_, [part])] = turns_of(_unquoted(line), None)
-    return isinstance(part, Image | Video) and isinstance(part.source, str) and Path(part.source).is_file()
+    [(_, [part])] = turns_of(_as_path(line), None)
+    return isinstance(part, Image | Video) and isinstance(part.source, str) and os.path.isfile(part.source)
 
 
-def _unquoted(text: str) -> str:
-    """Terminals put quotes around a path that is dropped into them."""
-    return text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"" else text
+def _as_path(text: str) -> str:
+    """The path that is meant.
+
+    Terminals put quotes around one that is dropped into them, or backslashes in front of its spaces, or give a URI; and
+    no shell reads this prompt, to know what ~ is.
+    """
+    if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
+        return text[1:-1]
+    if text.lower().startswith("file:///"):
+        return urllib.parse.unquote(text[len("file://") :])
+    path = os.path.expanduser(text)
+    plain = re.sub(r"\\(.)", r"\1", path)
+    return plain if os.path.exists(re.sub(r"@\d+$", "", plain)) and not os.path.exists(path) else path
 
 
 def _summary(reply: Reply) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 import typer
 
 from . import output
-from .attachments import Scene, attach, attach_all, parts_of
+from .attachments import Scene, attach, attach_all, parts_of, unseen
 from .bundle import Bundle
 from .chat_command import converse
 from .engine import DEFAULT_MAX_TOKENS, Engine
@@ -32,15 +32,20 @@ from .options import (
     EndOption,
     FeatureCacheOption,
     FpsOption,
+    FrequencyPenaltyOption,
     ImageOption,
     JsonOption,
     LimitOption,
+    LogitBiasOption,
+    LogprobsOption,
     MaxTokensOption,
     MinPOption,
     PagesOption,
     PanAndScanOption,
+    PresencePenaltyOption,
     PromptOption,
     RawOption,
+    RepetitionPenaltyOption,
     SeedOption,
     SoundOption,
     StartOption,
@@ -48,6 +53,7 @@ from .options import (
     SystemOption,
     TemperatureOption,
     ThinkingOption,
+    ToolChoiceOption,
     ToolsOption,
     TopKOption,
     TopPOption,
@@ -69,6 +75,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 
@@ -94,24 +101,13 @@ def run(
     top_k: TopKOption = None,
     top_p: TopPOption = None,
     min_p: MinPOption = None,
-    presence_penalty: Annotated[
-        float | None, typer.Option(metavar="F", help="-2 to 2, off the logit of tokens that the reply has.")
-    ] = None,
-    frequency_penalty: Annotated[
-        float | None, typer.Option(metavar="F", help="-2 to 2, off the logit for each time that the reply has a token.")
-    ] = None,
-    repetition_penalty: Annotated[
-        float | None,
-        typer.Option(metavar="F", help="0.01 to 100, divides the logit of tokens of the prompt and the reply."),
-    ] = None,
-    logit_bias: Annotated[
-        list[str] | None, typer.Option(metavar="ID=F", help="Add -100 to 100 to the logit of a token.")
-    ] = None,
+    presence_penalty: PresencePenaltyOption = None,
+    frequency_penalty: FrequencyPenaltyOption = None,
+    repetition_penalty: RepetitionPenaltyOption = None,
+    logit_bias: LogitBiasOption = None,
     seed: SeedOption = None,
     candidates: Annotated[int, typer.Option(metavar="N", help="Several replies to one prompt.")] = 1,
-    logprobs: Annotated[
-        int | None, typer.Option(metavar="N", help="Report log-probabilities, and of the N best tokens at each place.")
-    ] = None,
+    logprobs: LogprobsOption = None,
     schema: Annotated[Path | None, typer.Option(metavar="FILE", help="Answer in JSON by this JSON schema.")] = None,
     regex: Annotated[str | None, typer.Option(metavar="R", help="Answer with a text that this matches.")] = None,
     grammar: Annotated[Path | None, typer.Option(metavar="FILE", help="Answer by this Lark grammar.")] = None,
@@ -130,6 +126,7 @@ def run(
         typer.Option(metavar="FILE.npy", help="Also write the prompt's logits, float32 [prompt tokens, vocabulary]."),
     ] = None,
     tools: ToolsOption = None,
+    tool_choice: ToolChoiceOption = "auto",
     thinking: ThinkingOption = False,
     cache: CacheOption = Switch.on,
     feature_cache: FeatureCacheOption = None,
@@ -141,8 +138,8 @@ def run(
     """Ask a question about pictures, or complete a text."""
     ids = None if prompt_ids is None else read_ids(prompt_ids)
     limits = read_limits(limit or ())
-    scene = Scene(fps, start, end, sound)
-    parts = parts_of(image, pages, scene, prompt)
+    attached = attach_all(image, pages, Scene(fps, start, end, sound), limits)
+    parts = parts_of(attached, prompt)
     if draw is not None and len(image or []) != 1:
         raise InputError(f"--draw draws on the picture of the prompt, which needs exactly one, not {len(image or [])}")
     if ids is None and not parts and not raw:
@@ -150,7 +147,7 @@ def run(
     for option, path in (("--logits", logits), ("--draw", draw)):
         output.check_place(option, path)
     drawing = None if draw is None else output.picture_format("--draw", draw)
-    canvas = None if draw is None else output.canvas(attach_all(image, pages, scene)[0], limits)
+    canvas = None if draw is None else output.canvas(attached[0], limits)
     sampling = Sampling(
         temperature=temperature,
         top_k=top_k,
@@ -177,6 +174,7 @@ def run(
             format=format,
             candidates=candidates,
             logprobs=logprobs,
+            tool_choice=tool_choice,
             prefill_chunk=prefill_chunk,
             cache=cache is Switch.on,
             **common,
@@ -199,7 +197,7 @@ def run(
     if draw is not None and drawing is not None and canvas is not None:
         picture = output.drawn(reply, canvas)
         output.write("--draw", draw, lambda file: picture.save(file, drawing))
-    for remark in remarks(reply):
+    for remark in [*remarks(reply), *([] if image else unseen(prompt))]:
         output.note(remark)
     if not all(candidate.thought_finished for candidate in reply.candidates):
         raise typer.Exit(1)
@@ -221,6 +219,7 @@ def chat(
     end: EndOption = None,
     sound: SoundOption = False,
     tools: ToolsOption = None,
+    tool_choice: ToolChoiceOption = "auto",
     thinking: ThinkingOption = False,
     cache: CacheOption = Switch.on,
     feature_cache: FeatureCacheOption = None,
@@ -237,13 +236,14 @@ def chat(
             max_tokens=max_tokens,
             image_tokens=image_tokens,
             tools=read_tools_file(tools),
+            tool_choice=tool_choice,
             thinking=thinking,
             cache=cache is Switch.on,
         )
         if bundle == "demo":
             output.note(output.DEMO_NOTE)
         scene = Scene(fps, start, end, sound)
-        converse(engine, talk, name=engine.manifest.name, attach=lambda argument: attach(argument, None, scene))
+        converse(engine, talk, name=engine.manifest.name, attach=lambda argument: attach(argument, None, scene, limits))
 
 
 @app.command()
@@ -397,11 +397,11 @@ def count_tokens(
     as_json: JsonOption = False,
 ) -> None:
     """Count the tokens of a prompt by modality, without running the model."""
-    scene = Scene(fps, start, end, sound)
-    parts = parts_of(image, pages, scene, prompt)
-    with Engine.open(bundle, limits=read_limits(limit or ())) as engine:
+    limits = read_limits(limit or ())
+    attached = attach_all(image, pages, Scene(fps, start, end, sound), limits)
+    with Engine.open(bundle, limits=limits) as engine:
         counts = engine.count_tokens(
-            parts,
+            parts_of(attached, prompt),
             system=system,
             image_tokens=image_tokens,
             tools=read_tools_file(tools),

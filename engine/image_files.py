@@ -56,7 +56,10 @@ def check_size(width: int, height: int, max_pixels: int) -> None:
     if width < 1 or height < 1:
         raise ImageError(f"a size of {width}x{height} has no pixels")
     if width * height > max_pixels:
-        raise ImageError(f"{width}x{height} is {width * height} pixels, the limit is {max_pixels}")
+        raise ImageError(
+            f"{width}x{height} is {width * height} pixels, the limit is {max_pixels} (Limits(max_pixels=N), "
+            "--limit pixels=N)"
+        )
 
 
 def decode(data: bytes, max_pixels: int) -> npt.NDArray[np.uint8]:

@@ -23,7 +23,7 @@ from .limits import DEFAULT_LIMITS, Limits
 from .parts import Image, Pdf, Video
 from .pdf import Page, is_pdf, open_pages
 from .sounds import PreparedSound
-from .sources import file_name, is_data_uri, is_regular, read_source
+from .sources import can_go_back, file_name, head_of, is_data_uri, is_regular, read_source
 from .video import Clip, is_video, open_clip
 
 __all__ = [
@@ -203,13 +203,13 @@ def interleaved(
 def is_moving(source: object) -> bool:
     """Whether a source is a video by its content. File objects that cannot go back are not looked into."""
     if isinstance(source, bytes | bytearray | memoryview):
-        return is_video(bytes(memoryview(source).cast("B")[:1024]))
+        return is_video(head_of(source, 1024))
     if isinstance(source, str) and is_data_uri(source):
         try:
             return is_video(read_source(source, DEFAULT_LIMITS.max_video_bytes)[:1024])
         except InputError:
             return False
-    if callable(getattr(source, "seekable", None)) and cast(BinaryIO, source).seekable():
+    if can_go_back(source):
         return _peeked(cast(BinaryIO, source))
     if not isinstance(source, str | os.PathLike):
         return False
@@ -231,8 +231,10 @@ def _peeked(file: BinaryIO) -> bool:
     return False
 
 
-def is_document(source: str | Path) -> bool:
+def is_document(source: str | Path | bytes) -> bool:
     """Whether a path or a data URI is that of a PDF: by its content, or by its name if it cannot be read."""
+    if isinstance(source, bytes):
+        return is_pdf(source)
     if isinstance(source, str) and is_data_uri(source):
         return is_pdf(read_source(source, DEFAULT_LIMITS.max_bytes))
     try:

@@ -34,7 +34,12 @@ def _read_text(option: str, path: Path) -> str:
         with path.open(encoding="utf-8-sig") as file:
             return file.read(MAX_GRAMMAR_BYTES + 1)  # one too many is refused
     except (OSError, ValueError) as error:
-        raise InputError(f"{option} {path}: {error}") from None
+        raise InputError(f"{option} {path}: {_reason(error)}") from None
+
+
+def _reason(error: Exception) -> str:
+    """Why a file cannot be used, without its name, which stands in front already."""
+    return getattr(error, "strerror", None) or str(error)
 
 
 def read_ids(path: Path) -> list[int]:
@@ -42,7 +47,7 @@ def read_ids(path: Path) -> list[int]:
     try:
         value = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
-        raise PromptError(f"--prompt-ids {path}: {error}") from None
+        raise PromptError(f"--prompt-ids {path}: {_reason(error)}") from None
     if not isinstance(value, list):
         raise PromptError(f"--prompt-ids {path}: expected a JSON list of token ids, found {type(value).__name__}")
     return value
@@ -59,4 +64,4 @@ def read_tools_file(path: Path | None) -> tuple[Tool, ...]:
             raise PromptError(f"more than {_MAX_TOOLS_CHARACTERS} characters")
         return read_tools(json.loads(text))
     except (OSError, ValueError, RecursionError) as error:  # PromptError is a ValueError
-        raise PromptError(f"--tools {path}: {error}") from None
+        raise PromptError(f"--tools {path}: {_reason(error)}") from None

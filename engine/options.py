@@ -21,15 +21,20 @@ __all__ = [
     "EndOption",
     "FeatureCacheOption",
     "FpsOption",
+    "FrequencyPenaltyOption",
     "ImageOption",
     "JsonOption",
     "LimitOption",
+    "LogitBiasOption",
+    "LogprobsOption",
     "MaxTokensOption",
     "MinPOption",
     "PagesOption",
     "PanAndScanOption",
+    "PresencePenaltyOption",
     "PromptOption",
     "RawOption",
+    "RepetitionPenaltyOption",
     "SeedOption",
     "SoundOption",
     "StartOption",
@@ -37,6 +42,7 @@ __all__ = [
     "SystemOption",
     "TemperatureOption",
     "ThinkingOption",
+    "ToolChoiceOption",
     "ToolsOption",
     "TopKOption",
     "TopPOption",
@@ -62,7 +68,8 @@ ImageOption = Annotated[
         "-i",
         "--image",
         metavar="FILE[@BUDGET]",
-        help="A picture, video, sound or PDF; with a token budget (of a picture or frame) of its own if you like.",
+        help="A picture, video, sound or PDF, - for one that is piped in; with a token budget (of a picture or frame) "
+        "of its own if you like.",
     ),
 ]
 PagesOption = Annotated[
@@ -103,6 +110,32 @@ TopPOption = Annotated[
     float | None, typer.Option("--top-p", metavar="F", help="Keep the best tokens up to this probability.")
 ]
 MinPOption = Annotated[float | None, typer.Option("--min-p", metavar="F", help="Drop tokens below F times the best.")]
+PresencePenaltyOption = Annotated[
+    float | None,
+    typer.Option("--presence-penalty", metavar="F", help="-2 to 2, off the logit of tokens that the reply has."),
+]
+FrequencyPenaltyOption = Annotated[
+    float | None,
+    typer.Option(
+        "--frequency-penalty", metavar="F", help="-2 to 2, off the logit for each time that the reply has a token."
+    ),
+]
+RepetitionPenaltyOption = Annotated[
+    float | None,
+    typer.Option(
+        "--repetition-penalty",
+        metavar="F",
+        help="0.01 to 100, divides the logit of tokens of the prompt and the reply.",
+    ),
+]
+LogitBiasOption = Annotated[
+    list[str] | None,
+    typer.Option("--logit-bias", metavar="ID=F", help="Add -100 to 100 to the logit of a token."),
+]
+LogprobsOption = Annotated[
+    int | None,
+    typer.Option("--logprobs", metavar="N", help="Report log-probabilities, and of the N best tokens at each place."),
+]
 SeedOption = Annotated[int | None, typer.Option("--seed", metavar="N", help="Same seed, same text.")]
 CacheOption = Annotated[
     Switch, typer.Option("--cache", help="Go on from what earlier requests left, and keep encoded pictures.")
@@ -115,6 +148,15 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.
 ToolsOption = Annotated[
     Path | None,
     typer.Option("--tools", metavar="FILE", help="Functions that the model may call: a JSON list of declarations."),
+]
+ToolChoiceOption = Annotated[
+    str,
+    typer.Option(
+        "--tool-choice",
+        metavar="C",
+        help="Whether the model may call: auto (it decides), none, required (it must), or the function that it must "
+        "call.",
+    ),
 ]
 ThinkingOption = Annotated[bool, typer.Option("--thinking", help="Let the model think before it answers.")]
 ApiKeyOption = Annotated[

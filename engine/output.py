@@ -194,7 +194,7 @@ def write(option: str, path: Path, save: Callable[[BinaryIO], None]) -> None:
     except (OSError, ValueError) as error:
         if opened and path.is_file():
             path.unlink()
-        raise InputError(f"{option} {path}: {error}") from None
+        raise InputError(f"{option} {path}: {getattr(error, 'strerror', None) or error}") from None
 
 
 @contextmanager

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -50,6 +50,21 @@ _FILE_URI = re.compile(r"\s*data:\s*(image/|video/|audio/|application/(x-)?pdf)"
 _VIDEO_URI = re.compile(r"\s*data:\s*video/", re.IGNORECASE)
 
 
+def _shown(value: object) -> str:
+    """A value of a part, short: a log or a notebook is no place for the bytes of a file."""
+    if isinstance(value, bytes | bytearray | memoryview):
+        return f"<{value.nbytes if isinstance(value, memoryview) else len(value)} bytes>"
+    if isinstance(value, np.ndarray):
+        return f"<{value.dtype} {list(value.shape)}>"
+    return repr(value[:79] + "\N{HORIZONTAL ELLIPSIS}" if isinstance(value, str) and len(value) > 500 else value)
+
+
+def _described(self: Any) -> str:
+    """The representation of a part."""
+    values = ", ".join(f"{field.name}={_shown(getattr(self, field.name))}" for field in fields(self))
+    return f"{type(self).__name__}({values})"
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Image:
     """A picture with a token budget of its own. `tokens=None` takes the budget of the request.
@@ -60,6 +75,8 @@ class Image:
 
     source: ImageSource
     tokens: int | None = None
+
+    __repr__ = _described
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -75,6 +92,8 @@ class Pdf:
     source: FileSource
     pages: str | int | Sequence[int] | None = None
     tokens: int | None = None
+
+    __repr__ = _described
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -101,6 +120,8 @@ class Video:
     tokens: int | None = None
     sound: bool = False
 
+    __repr__ = _described
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Audio:
@@ -122,6 +143,8 @@ class Audio:
     split: bool = False
     sample_rate: int | None = None
 
+    __repr__ = _described
+
 
 ImageInput = Image | ImageSource | EncodedImage
 AudioInput = Audio | EncodedSound
@@ -130,7 +153,9 @@ PartLike = Text | Pdf | Video | EncodedVideo | ImageInput | AudioInput
 line that ends like the name of such a file; wrap text that you did not write yourself in `Text` so that it can never
 name a file."""
 
-Conversation = PartLike | Sequence[PartLike] | Sequence["Turn"]
+Conversation = PartLike | Sequence["PartLike | Turn"]
+"""A part, a list of parts (one user turn) or a list of turns; not a list of both."""
+# One type of sequence and not two: mypy cannot tell which of two a list of a picture and a text is meant for.
 
 
 TurnPart = PartLike | Thought | ToolCall | ToolResult
@@ -169,6 +194,8 @@ NormalPart = Words | Image | Pdf | Video | Audio | EncodedImage | EncodedVideo |
 
 def turns_of(conversation: Conversation, system: str | None) -> list[tuple[str, list[NormalPart]]]:
     """(role, parts) of every turn. A bare part or a list of parts is one user turn; `system` becomes the first turn."""
+    if not isinstance(system, str | None):
+        raise PromptError(f"system is {type(system).__name__}, expected text")
     listed = _as_list(conversation)
     if listed and all(isinstance(item, Turn) for item in listed):
         turns = [(turn.role, _normal_parts(_as_list(turn.parts))) for turn in listed]
@@ -198,6 +225,11 @@ def _normal_part(part: Any, index: int) -> NormalPart:
         part, "read"
     ):
         return Image(part)
+    hint = ""
+    if isinstance(part, Mapping):
+        hint = ": a message is Turn(role, parts)"
+    elif isinstance(part, Iterable):
+        hint = ": several parts are one list"
     raise PromptError(
-        f"part {index} is of type {type(part).__name__}, expected text, a picture, a sound, a PDF or a video"
+        f"part {index} is of type {type(part).__name__}, expected text, a picture, a sound, a PDF or a video{hint}"
     )

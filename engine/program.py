@@ -28,7 +28,7 @@ def run_program(app: Callable[[], object]) -> NoReturn:
         _discard_output()
     except OSError as error:  # a full disk
         _discard_output()
-        _complain(error)
+        _complain(f"the output cannot be written: {error.strerror or error}" if error.filename is None else error)
     sys.exit(1)
 
 
@@ -53,5 +53,5 @@ def _discard_output() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _complain(error: Exception) -> None:
+def _complain(error: object) -> None:
     print(f"siglance: {' '.join(str(error).split())}", file=sys.stderr)

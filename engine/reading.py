@@ -53,10 +53,13 @@ class Layout:
 class Reader:
     """Reads requests to one bundle.
 
-    From here on `tokenizer` encodes spellings of control tokens as text, see `PromptBuilder`. Raises BundleError.
+    From here on `tokenizer` encodes spellings of control tokens as text, see `PromptBuilder`. Raises BundleError, and
+    InputError for limits that are none.
     """
 
     def __init__(self, bundle: Bundle, tokenizer: Tokenizer, limits: Limits):
+        if not isinstance(limits, Limits):
+            raise InputError(f"limits is {type(limits).__name__}, expected Limits(max_pixels=..., ...)")
         self._manifest = bundle.manifest
         self._limits = limits
         self._tokenizer = tokenizer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -246,6 +247,8 @@ def whole_reply(
     generate.__name__, generate.__qualname__ = name, stream.__qualname__.replace(stream.__name__, name)
     generate.__doc__ = f"Like `{stream.__name__}`, which has the arguments, but return the whole reply."
     generate.__annotations__ = stream.__annotations__ | {"return": "Reply"}
+    signature = inspect.signature(stream).replace(return_annotation="Reply")  # what `help` shows
+    generate.__signature__ = signature  # pyright: ignore[reportAttributeAccessIssue]
     return generate
 
 

@@ -93,8 +93,11 @@ def resolve(sampling: Sampling, facts: SamplingFacts) -> Effective:
     """Fill in, field by field: the request, else the bundle's default, else the step is off.
 
     Without a seed in the request one is drawn from the operating system, so that the reply can be repeated. Raises
-    SamplingError for a default of the bundle that is out of range.
+    SamplingError for a default of the bundle that is out of range, and for anything but a `Sampling`.
     """
+
+    if not isinstance(sampling, Sampling):
+        raise SamplingError(f"sampling is {type(sampling).__name__}, expected Sampling(temperature=..., ...)")
 
     def first(*values):
         return next(value for value in values if value is not None)

@@ -13,7 +13,17 @@ from typing import BinaryIO, cast
 
 from .errors import InputError
 
-__all__ = ["FileSource", "data_uri_type", "file_name", "is_data_uri", "is_regular", "one_line", "read_source"]
+__all__ = [
+    "FileSource",
+    "can_go_back",
+    "data_uri_type",
+    "file_name",
+    "head_of",
+    "is_data_uri",
+    "is_regular",
+    "one_line",
+    "read_source",
+]
 
 FileSource = str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO
 """A path or a data URI (str), a path (os.PathLike), the file itself, or an open binary file (it need not seek)."""
@@ -46,6 +56,22 @@ def read_source(source: object, max_bytes: int) -> bytes:
         f"cannot be read from {type(source).__name__}: pass a path, bytes, a binary file object or a data URI; "
         "pictures also as a PIL image or a numpy array"
     )
+
+
+def can_go_back(source: object) -> bool:
+    """Whether a source is a file object that can be looked into and put back where it was; a closed one cannot."""
+    try:
+        return callable(getattr(source, "seekable", None)) and bool(cast(BinaryIO, source).seekable())
+    except (OSError, ValueError):  # `read_source` says why
+        return False
+
+
+def head_of(buffer: bytes | bytearray | memoryview, size: int) -> bytes:
+    """The first `size` bytes of a buffer, also of one that lies in pieces (a view with a step)."""
+    view = memoryview(buffer)
+    if view.c_contiguous:
+        return bytes(view.cast("B")[:size])
+    return bytes(view[: -(-size // view.itemsize)])[:size] if view.ndim == 1 else b""
 
 
 def is_data_uri(source: str) -> bool:
@@ -117,10 +143,22 @@ def _from_stream(stream: BinaryIO, max_bytes: int) -> bytes:
         if not isinstance(part, bytes | bytearray | memoryview):
             raise InputError(f"the file object gave {type(part).__name__}, open it in binary mode")
         if not part:
+            if not parts:
+                _check_place(stream)
             return b"".join(parts)
         parts.append(bytes(part))
         room -= len(part)
     raise InputError(f"over the limit of {max_bytes} bytes of encoded data")
+
+
+def _check_place(stream: BinaryIO) -> None:
+    """Raise InputError for a stream that gave nothing because it stands behind everything it has."""
+    try:
+        place = stream.tell() if can_go_back(stream) else 0
+    except (OSError, ValueError, AttributeError):
+        return
+    if place:
+        raise InputError(f"the file object stands at its end, behind {place} bytes: seek(0) takes it to the beginning")
 
 
 def _from_data_uri(uri: str, max_bytes: int) -> bytes:

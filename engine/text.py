@@ -92,7 +92,7 @@ def token_bytes(tokenizer: Tokenizer, id: int) -> bytes:
 
 
 def check_stop(stop: object) -> tuple[str, ...]:
-    """Stop strings in one form. Raises PromptError for an empty one, or for anything but strings."""
+    """Stop strings in one form. Raises PromptError for an empty one, or for anything but strings of valid Unicode."""
     if isinstance(stop, str):
         stop = [stop]
     if not isinstance(stop, Sequence):
@@ -100,6 +100,10 @@ def check_stop(stop: object) -> tuple[str, ...]:
     for index, string in enumerate(stop):
         if not isinstance(string, str) or not string:
             raise PromptError(f"stop string {index} is {string!r}, expected text that is not empty")
+        try:
+            string.encode()
+        except UnicodeEncodeError as error:
+            raise PromptError(f"stop string {index}: not valid Unicode at character {error.start}") from None
     return tuple(stop)
 
 

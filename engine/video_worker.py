@@ -363,7 +363,8 @@ def _decode_targets(
 
 
 def _sentence(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]
+    """What FFmpeg says, without the number and the file that PyAV puts around it."""
+    return " ".join(str(getattr(error, "strerror", None) or error).split())[:200]
 
 
 if __name__ == "__main__":

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
+import sys
+import threading
 
 import numpy as np
 import pytest
@@ -10,7 +14,7 @@ from PIL import Image as PillowImage
 from typer.testing import CliRunner
 
 from siglance.engine import Audio, Engine, Image, Pdf, Video, cli
-from siglance.engine.attachments import Scene, attach, attach_all
+from siglance.engine.attachments import Scene, attach, attach_all, named_files
 from siglance.engine.errors import InputError
 
 from .audio_files import tone, video_with_sound, wav
@@ -48,6 +52,65 @@ def test_each_file_becomes_what_its_content_says(files):
     sound = attach(f"{files}/sound.wav", None, scene)
     assert isinstance(sound, Audio)
     assert (sound.start, sound.end) == (0.5, 1.5)
+
+
+def piped_in(monkeypatch, data: bytes):
+    """What the program finds on its standard input."""
+    stdin = io.TextIOWrapper(io.BytesIO(data))
+    monkeypatch.setattr(sys, "stdin", stdin)
+    return stdin
+
+
+@pytest.mark.parametrize("name", ["clip.mp4", "sound.wav", "pages.pdf", "picture.png"])
+def test_what_is_piped_in_is_what_its_content_says(files, name, monkeypatch):
+    """A pipe gives its bytes once, and no name tells what it is."""
+    data = (files / name).read_bytes()
+    pages = "2" if name == "pages.pdf" else None
+    scene = Scene(start=0.5) if name in ("clip.mp4", "sound.wav") else Scene()
+    [expected] = attach_all([f"{files}/{name}"], pages, scene)
+    piped_in(monkeypatch, data)
+    [found] = attach_all(["-"], pages, scene)
+    assert type(found) is type(expected)
+    assert found.source == data
+    read, write = os.pipe()
+    with open(write, "wb") as end:
+        writer = threading.Thread(target=lambda: (end.write(data), end.close()))
+        writer.start()
+        [found] = attach_all([f"/dev/fd/{read}@70"] if name == "picture.png" else [f"/dev/fd/{read}"], pages, scene)
+        writer.join()
+    os.close(read)
+    assert type(found) is type(expected)
+    assert found.source == data
+
+
+def test_a_picture_from_a_pipe_is_drawn_on(siglance, monkeypatch, tmp_path, files):
+    """It is needed twice: by the model, and under the boxes."""
+    piped_in(monkeypatch, (files / "picture.png").read_bytes())
+    code, _, err = siglance("run", "-i", "-@9", "-p", "detect all", "--draw", tmp_path / "drawn.png")
+    assert code == 0, err
+    with PillowImage.open(tmp_path / "drawn.png") as drawn:
+        assert drawn.size == (8, 8)
+
+
+def test_a_pipe_has_a_limit(siglance, monkeypatch):
+    piped_in(monkeypatch, bytes(2000))
+    code, _, err = siglance("run", "-i", "-", "-p", "x", "--limit", "bytes=1000")
+    assert (code, err) == (1, "siglance: -: over the limit of 1000 bytes of encoded data\n")
+
+
+def test_files_that_a_text_names(files, monkeypatch):
+    monkeypatch.chdir(files)
+    text = "what is in (./picture.png), 'sound.wav' and clip.mp4? picture.png, no.png or pages? picture.png"
+    assert named_files(text) == ["./picture.png", "sound.wav", "clip.mp4", "picture.png"]
+    assert named_files("describe") == []
+    assert named_files("\0.png \ud800.png " + "x" * 10_000 + ".png") == []
+
+
+def test_a_picture_that_is_only_named_is_not_seen(siglance, files, monkeypatch):
+    monkeypatch.chdir(files)
+    remark = "the model does not see the file picture.png: -i picture.png shows it"
+    assert remark in siglance("run", "-p", "count picture.png")[2]
+    assert remark not in siglance("run", "-p", "count picture.png", "-i", "picture.png")[2]
 
 
 @pytest.mark.parametrize("scene", [Scene(fps=2.0, start=1.0), Scene(start=1.0, sound=True)])

@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import hashlib
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -160,6 +161,26 @@ def test_names_are_found_in_the_cache_and_nowhere_else(copy, tmp_path, monkeypat
     assert find_bundle("mine") == tmp_path / "home" / "mine"
     for name in ("other", "../bundle", "", ".", "..", "mine/x"):
         with pytest.raises(BundleError, match="no bundle"):
+            find_bundle(name)
+
+
+def test_what_is_no_bundle_yet_says_how_it_becomes_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "empty").mkdir()
+    for name in ("checkpoint/config.json", "model.gguf", "photo.png"):
+        (tmp_path / name).write_bytes(b"{}")
+    for name, hint in {
+        "checkpoint": "it is a checkpoint, which becomes a bundle by: siglance export 'checkpoint' -o FOLDER",
+        "model.gguf": "it is a GGUF file, which becomes a bundle by: siglance export 'model.gguf' -o FOLDER",
+        "photo.png": "it is a file, and a bundle is a folder (pictures are given with -i)",
+        "google/gemma-3-4b-it": "if it is an id on the Hugging Face hub, it becomes a bundle by: "
+        "siglance export 'google/gemma-3-4b-it' -o FOLDER",
+    }.items():
+        with pytest.raises(BundleError, match=re.escape(f"; {hint}") + "$"):
+            find_bundle(name)
+    for name in ("empty", "nothing", "../x", "a/b/c"):
+        with pytest.raises(BundleError, match=r"^no bundle [^;]*$"):
             find_bundle(name)
 
 

@@ -104,6 +104,28 @@ def test_the_path_of_a_file_is_a_picture(talk, seeing, photo):
     assert (code, out) == (0, printed(*replies(seeing, *turns)))
 
 
+def test_paths_as_terminals_write_them(talk, seeing, photo, tmp_path, monkeypatch):
+    """Dropped into the window, or typed as a shell would take them."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    other = tmp_path / "an odd (name).png"
+    other.write_bytes(photo.read_bytes())
+    forms = ["an\\ odd\\ \\(name\\).png", f"'{other}'", f'"{other}"', other.as_uri(), "~/an odd (name).png"]
+    forms += ["/image an\\ odd\\ \\(name\\).png@140", "/image ~/an\\ odd\\ (name).png"]
+    code, out, notes = talk(*forms, "~/no-such.png", "/save ~/talk.json", options=["--image-tokens", "70"])
+    parts = [*[Picture(photo, 70)] * 5, Picture(photo, 140), Picture(photo, 70)]
+    assert (code, out) == (0, printed(*replies(seeing, [*parts, Text("~/no-such.png")])))
+    assert sum("goes with the next message" in note for note in notes) == len(forms)
+    assert (tmp_path / "talk.json").is_file()
+
+
+def test_a_picture_that_is_only_named_is_not_seen(talk, photo):
+    remark = "the model does not see the file photo.png: /image photo.png shows it"
+    asked = ("what is in photo.png?", "photo.png", "and what is in photo.png?", "/reset", "photo.png what?")
+    notes = talk(*asked)[2]
+    assert [note for note in notes if note == remark] == [remark] * 2
+    assert notes.index(remark) < notes.index(next(note for note in notes if "goes with" in note))
+
+
 def test_slashes(talk, seeing):
     code, out, notes = talk("//image is what I say", "/nothing", "/ image", "/images x")
     assert (code, out) == (0, printed(*replies(seeing, "/image is what I say")))

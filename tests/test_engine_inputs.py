@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import inspect
 import io
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from PIL import Image as PillowImage
 from tokenizers import Tokenizer
 
-from siglance.engine import Engine, Image, Sampling, Text, Thought, ToolCall, Turn
+from siglance.engine import Engine, Image, Limits, Sampling, Text, Thought, ToolCall, Turn
 from siglance.engine.errors import ImageError, InputError, PromptError
 
 from .scripted import picture, scripted, with_manifest
@@ -314,6 +315,34 @@ def test_a_bundle_without_a_template_is_always_raw(engine):
 def test_a_data_uri_without_a_payload_is_refused_by_its_number(engine, part):
     with pytest.raises(ImageError, match="image 2: a data URI needs a comma"):
         engine.generate([picture(), part, "what?"], **SMALL)
+
+
+def test_closed_files_are_refused_by_their_number(engine):
+    """A bare file object is first looked into, to learn whether it is a sound or a video."""
+    closed = io.BytesIO(b"x")
+    closed.close()
+    for part in (closed, Image(closed)):
+        with pytest.raises(ImageError, match=r"image 2: cannot read from the file object: .*closed"):
+            engine.generate([picture(), part, "what?"], **SMALL)
+
+
+def test_a_buffer_in_pieces_is_a_part(engine):
+    buffer = io.BytesIO()
+    PillowImage.fromarray(picture()).save(buffer, "PNG")
+    pieces = memoryview(b"".join(bytes([byte, 0]) for byte in buffer.getvalue()))[::2]
+    assert engine.count_tokens([pieces, "what?"]) == engine.count_tokens([picture(), "what?"])
+
+
+@pytest.mark.parametrize("limits", [None, {"max_pixels": 9}, Limits])
+def test_limits_of_another_type_are_refused_at_once(engine, limits):
+    with pytest.raises(InputError, match=rf"limits is {type(limits).__name__}, expected Limits"):
+        Engine(engine.bundle, limits=limits)
+
+
+def test_help_shows_what_generate_returns():
+    signature = inspect.signature(Engine.generate)
+    assert signature.return_annotation == "Reply"
+    assert signature.parameters == inspect.signature(Engine.stream).parameters
 
 
 def test_prompt_ids_with_pictures(engine):

@@ -9,11 +9,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from siglance.engine.errors import ImageError
 from siglance.engine.image import load_image
 from siglance.engine.limits import Limits
+from siglance.engine.sources import head_of
 
 from .picture_files import encoded, gradient, sources
 
@@ -189,6 +192,39 @@ def test_unusable_file_objects_say_why():
         load_image(closed)
     with pytest.raises(ImageError, match="binary mode"):
         load_image(io.StringIO("text"))
+
+
+@pytest.mark.parametrize("kind", ["buffered", "memory"])
+def test_a_file_object_at_its_end_says_where_it_stands(tmp_path, kind):
+    """Whoever has just written or checked a file hands it over like this; an empty file is another mistake."""
+    data = encoded(Image.fromarray(gradient()), "PNG")
+    path = tmp_path / "a.png"
+    path.write_bytes(data)
+    with path.open("rb") if kind == "buffered" else io.BytesIO(data) as file:
+        file.seek(0, os.SEEK_END)
+        with pytest.raises(ImageError, match=rf"stands at its end, behind {len(data)} bytes: seek\(0\)"):
+            load_image(file)
+    with pytest.raises(ImageError, match="empty, 0 bytes"):
+        load_image(io.BytesIO())
+
+
+def test_a_buffer_in_pieces_is_the_same_picture():
+    data = encoded(Image.fromarray(gradient()), "PNG")
+    pieces = memoryview(b"".join(bytes([byte, 0]) for byte in data))[::2]
+    np.testing.assert_array_equal(load_image(pieces), gradient())
+    assert head_of(pieces, 100) == data[:100]
+
+
+@settings(max_examples=100)
+@given(
+    size=st.integers(0, 40),
+    step=st.sampled_from([-3, -2, -1, 1, 2, 3]),
+    kind=st.sampled_from(["u1", "<u2", "<f8"]),
+    head=st.integers(0, 400),
+)
+def test_law_the_head_of_a_buffer_is_the_beginning_of_its_bytes(size, step, kind, head):
+    view = memoryview(np.arange(size).astype(kind))[::step]
+    assert head_of(view, head) == bytes(view)[:head]
 
 
 def test_one_pil_image_in_several_threads():

@@ -1,6 +1,7 @@
 """What a caller may put into a prompt is made one form at once, and nothing else is accepted."""
 
 import io
+import re
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 from PIL import Image as PillowImage
 
 from siglance.engine.errors import PromptError
-from siglance.engine.parts import Image, Pdf, Turn, turns_of
+from siglance.engine.parts import Audio, Image, Pdf, Turn, Video, turns_of
 from siglance.engine.prompt import Text
 from siglance.engine.reply import EncodedImage
 
@@ -80,6 +81,46 @@ def test_anything_else_is_refused_by_type(part):
     kinds = "text, a picture, a sound, a PDF or a video"
     with pytest.raises(PromptError, match=rf"part 1 is of type \w+, expected {kinds}"):
         turns_of(["x", part], None)
+
+
+@pytest.mark.parametrize(
+    ("part", "hint"),
+    [
+        ({"role": "user", "content": "x"}, "a message is Turn(role, parts)"),
+        (["a.png", "x"], "several parts are one list"),
+        ((part for part in ("a.png", "x")), "several parts are one list"),
+    ],
+)
+def test_forms_of_other_libraries_are_refused_with_ours(part, hint):
+    with pytest.raises(PromptError, match=re.escape(f"or a video: {hint}") + "$"):
+        turns_of([part], None)
+
+
+def test_a_system_text_is_text():
+    with pytest.raises(PromptError, match="system is int, expected text"):
+        turns_of("x", 5)
+
+
+@pytest.mark.parametrize(
+    ("part", "shown"),
+    [
+        (Image("a.png", 70), "Image(source='a.png', tokens=70)"),
+        (Image(b"x" * 10**6), "Image(source=<1000000 bytes>, tokens=None)"),
+        (Image(memoryview(np.zeros(9, "<u2"))), "Image(source=<18 bytes>, tokens=None)"),
+        (Image(np.zeros((9, 8, 3), np.uint8)), "Image(source=<uint8 [9, 8, 3]>, tokens=None)"),
+        (Image("data:image/png," + "A" * 10**6), f"Image(source='data:image/png,{'A' * 64}…', tokens=None)"),
+        (Pdf(b"%PDF", "1-2"), "Pdf(source=<4 bytes>, pages='1-2', tokens=None)"),
+        (Video(b"1234", fps=2), "Video(source=<4 bytes>, fps=2, start=None, end=None, tokens=None, sound=False)"),
+        (
+            Audio(np.zeros(16_000, np.float32), sample_rate=16_000),
+            "Audio(source=<float32 [16000]>, start=0.0, end=None, split=False, sample_rate=16000)",
+        ),
+    ],
+)  # fmt: skip
+def test_a_part_is_shown_without_its_content(part, shown):
+    """In a log or a notebook; pictures have megabytes."""
+    assert repr(part) == shown
+    assert repr(Turn("user", [part])) == f"Turn(role='user', parts=[{shown}])"
 
 
 def test_the_order_of_parts_is_kept():

@@ -13,6 +13,8 @@ import pytest
 
 from siglance.engine import cli, option_files
 
+from .test_cli import siglance as siglance  # a fixture
+
 FULL = Path("/dev/full")
 
 
@@ -27,7 +29,7 @@ def test_a_full_disk_is_one_line_and_exit_code_1(arguments: tuple[str, ...]):
     with FULL.open("wb") as full:
         done = _program(*arguments, stdout=full, stderr=subprocess.PIPE)
     assert done.returncode == 1
-    assert done.stderr == b"siglance: [Errno 28] No space left on device\n"
+    assert done.stderr == b"siglance: the output cannot be written: No space left on device\n"
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="descriptors are closed between fork and exec")
@@ -76,6 +78,21 @@ def test_what_windows_pipes_into_a_chat_is_no_part_of_the_first_message():
     assert plain.returncode == 0
     assert marked.stdout == plain.stdout
     assert marked.stderr.splitlines()[1].split(b";")[0] == plain.stderr.splitlines()[1].split(b";")[0]  # prompt tokens
+
+
+@pytest.mark.parametrize("command", [(), ("run",)])
+def test_help_has_a_short_name(siglance, command: tuple[str, ...]):
+    code, out, _ = siglance(*command, "-h")
+    assert (code, out) == (0, siglance(*command, "--help")[1])
+
+
+@pytest.mark.parametrize("option", ["--schema", "--grammar", "--tools", "--prompt-ids"])
+def test_a_file_that_cannot_be_read_is_named_once(siglance, option: str):
+    assert siglance("run", "-p", "count", option, "no-such") == (
+        1,
+        "",
+        f"siglance: {option} no-such: No such file or directory\n",
+    )
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])

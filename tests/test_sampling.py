@@ -373,6 +373,12 @@ def test_case_63_a_bundle_without_defaults_filters_nothing():
     assert found == Effective(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=1)
 
 
+@pytest.mark.parametrize("sampling", [{"temperature": 0.5}, 0.5, Sampling])
+def test_anything_but_sampling_is_refused_by_type(sampling):
+    with pytest.raises(SamplingError, match=rf"sampling is {type(sampling).__name__}, expected Sampling"):
+        resolve(sampling, GEMMA)
+
+
 def test_a_bundle_default_out_of_range_is_refused():
     with pytest.raises(SamplingError, match=r"top_p is 3\.0"):
         resolve(Sampling(), SamplingFacts(temperature=1.0, top_k=None, top_p=3.0, min_p=None))

@@ -252,6 +252,11 @@ def test_stop_strings_must_be_text_that_is_not_empty(stop):
         TextStream(TOKENIZER, stop)
 
 
+def test_stop_strings_are_valid_unicode():
+    with pytest.raises(PromptError, match="stop string 1: not valid Unicode at character 2"):
+        check_stop(["a", "ab\ud800"])
+
+
 def test_one_string_is_one_stop_string():
     chunks, _ = stream(ids_of("hello", " world"), "o w")  # type: ignore[arg-type]
     assert "".join(chunks) == "hell"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import sys
@@ -526,6 +527,39 @@ def test_run_with_tools_and_thinking(said, siglance, spell, tools_file):
         for more in ((), ("--thinking",), ("--tools", tools_file))
     ]
     assert counts == sorted(set(counts))
+
+
+@pytest.mark.parametrize(
+    ("choice", "said_first", "shown"),
+    [
+        ("auto", "hello", True),
+        ("none", "hello", False),
+        ("required", 'weather {"', True),
+        ("weather", 'weather {"', True),
+    ],
+)
+def test_run_with_a_choice_of_tools(said, siglance, spell, tools_file, choice, said_first, shown):
+    """Whatever the model would say, the choice decides whether it is a call."""
+    runtime = said(spell("hello<turn|>"))
+    asked = ("run", "-p", "hi", "--tools", tools_file, "--temperature", 0, "--max-tokens", 200)
+    code, out, _ = siglance(*asked, "--tool-choice", choice)
+    assert code == 0
+    assert out.startswith(said_first)
+    assert (spell("<|tool>")[0] in runtime.ids) is shown
+
+
+@pytest.mark.parametrize("command", ["run", "chat"])
+def test_a_choice_of_tools_that_cannot_be(said, siglance, tools_file, monkeypatch, command):
+    said([])
+    asked = (command, "-p", "hi") if command == "run" else (command,)
+    for more, message in (
+        (("--tools", tools_file, "--tool-choice", "no_such"), "no tool has the name 'no_such' (declared: weather)"),
+        (("--tool-choice", "required"), "tool_choice is 'required', and no tools are declared"),
+    ):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("hi\n"))
+        code, out, err = siglance(*asked, *more)
+        assert (code, out) == (1 if command == "run" else 0, "")
+        assert message in err
 
 
 def test_run_without_an_answer_is_a_failure(said, siglance, spell):
