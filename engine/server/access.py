@@ -12,7 +12,9 @@ import re
 import urllib.parse
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
+from .beside import beside
 from .failures import Failure
 from .files import FileReader
 from .hosts import HostReader
@@ -47,7 +49,8 @@ class Access:
     def base64(self, text: str, place: str) -> bytes:
         """The bytes of base64 text, in the standard or the URL-safe alphabet, in lines or not. Raises Failure."""
         for white in _WHITE_SPACE:
-            text = text.replace(white, "")
+            if white in text:
+                text = "".join(text[start : start + _PIECE].replace(white, "") for start in range(0, len(text), _PIECE))
         if len(text) * 3 // 4 > self._most + 2:
             raise Failure(400, f"{place} is over the limit of {self._most} bytes", field=place)
         try:
@@ -67,13 +70,14 @@ class Access:
             raise Failure(400, f"{place} is not a data URI in base64 (data:image/png;base64,...)", field=place)
         payload = text[header.end() :]
         for escape, character in _ESCAPES.items() if "%" in payload else ():
-            payload = payload.replace(escape, character)
+            if escape in payload:
+                payload = payload.replace(escape, character)
         return self.base64(payload, place)
 
     async def read(self, uri: str, place: str) -> bytes:
         """The bytes of a file that a "file:", "http:" or "https:" URI names. Raises Failure, mostly 403."""
         if uri[:20].lstrip(_WHITE_SPACE)[:5].lower() == "data:":
-            return await asyncio.to_thread(self.data_uri, uri.lstrip(_WHITE_SPACE), place)
+            return await beside(partial(self.data_uri, uri.lstrip(_WHITE_SPACE), place))
         if len(uri) > 8192 or not uri.isascii() or not uri.isprintable() or " " in uri:
             raise Failure(400, f"{place} is not a URI", field=place)
         try:

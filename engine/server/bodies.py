@@ -6,18 +6,20 @@ rest by name.
 
 from __future__ import annotations
 
-import asyncio
+import codecs
 import json
 import math
 import re
 from collections.abc import Collection, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 
+from .beside import AT_ONCE, beside
 from .failures import Failure, gone
+from .long_texts import put_back, take_out
 from .settings import Settings
 
 __all__ = ["MAX_DEPTH", "MAX_VALUES", "Fields", "parse_object", "read_object"]
@@ -28,9 +30,6 @@ MAX_DEPTH = 100
 MAX_VALUES = 1_000_000
 """Values of one body, about: a million empty lists take 64 MB."""
 
-_AT_ONCE = 2**18  # bytes; larger bodies are parsed beside the event loop
-# One after another: the parser lets no other thread run meanwhile, and several would starve the event loop.
-_PARSER = ThreadPoolExecutor(1, "siglance-bodies")
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _WORD = re.compile(r"(?<!^)(?=[A-Z])")
 
@@ -48,9 +47,9 @@ async def read_object(http: HttpRequest, settings: Settings) -> dict[str, Any]:
     if encoding.strip().lower() != "identity":
         raise Failure(415, f"the content encoding is {encoding[:100]!r}, bodies are taken as they are")
     body = await _read(http, settings.body_bytes)
-    if len(body) <= _AT_ONCE:
+    if len(body) <= AT_ONCE:
         return parse_object(body)
-    return await asyncio.get_running_loop().run_in_executor(_PARSER, parse_object, body)
+    return await beside(partial(parse_object, body))
 
 
 async def _read(http: HttpRequest, limit: int) -> bytearray:
@@ -73,7 +72,29 @@ def _too_large(limit: int) -> Failure:
 
 
 def parse_object(body: bytes | bytearray) -> dict[str, Any]:
-    """The object that JSON text in UTF-8 stands for, its numbers finite, its texts valid Unicode. Raises Failure."""
+    """The object that JSON text in UTF-8 stands for, its numbers finite, its texts valid Unicode. Raises Failure.
+
+    A byte order mark in front of it is passed over, as RFC 8259 lets parsers do: programs for Windows write one.
+    """
+    if body.startswith(codecs.BOM_UTF8):
+        body = body[len(codecs.BOM_UTF8) :]
+    try:
+        rest, texts = take_out(body)
+    except UnicodeDecodeError as error:
+        raise _not_unicode(error) from None
+    try:
+        value = _parsed(rest)
+    except Failure:
+        if not texts:
+            raise
+        value = _parsed(body)  # which says where it is wrong
+    if rest.count(b"[") + rest.count(b"{") > MAX_DEPTH or _SURROGATE.search(rest):
+        _check(value)
+    put_back(value, texts)
+    return value
+
+
+def _parsed(body: bytes | bytearray) -> dict[str, Any]:
     # Each value but the first has one of these characters in front of it; text has them too, base64 has none.
     values = sum(body.count(mark) for mark in (b",", b"[", b"{", b":"))
     if values > MAX_VALUES:
@@ -85,16 +106,18 @@ def parse_object(body: bytes | bytearray) -> dict[str, Any]:
     except RecursionError:
         raise Failure(400, f"the body is nested more than {MAX_DEPTH} deep") from None
     except UnicodeDecodeError as error:
-        raise Failure(400, f"the body is not UTF-8 at byte {error.start}") from None
+        raise _not_unicode(error) from None
     except json.JSONDecodeError as error:
         raise Failure(400, f"the body is not JSON: {error.msg} at line {error.lineno}, column {error.colno}") from None
     except ValueError:  # an integer of thousands of digits
         raise Failure(400, "the body has a number of too many digits") from None
     if not isinstance(value, dict):
         raise Failure(400, f"the body must be a JSON object, not {_kind(value)}")
-    if body.count(b"[") + body.count(b"{") > MAX_DEPTH or _SURROGATE.search(body):
-        _check(value)
     return value
+
+
+def _not_unicode(error: UnicodeDecodeError) -> Failure:
+    return Failure(400, f"the body is not UTF-8 at byte {error.start}")
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from .settings import Settings
 __all__ = ["serve", "settings_of"]
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_SWITCH = 0.001  # seconds that the event loop waits until a thread that computes in Python makes way
 _FINISH = 10  # seconds that running requests have to end when the server stops
 
 
@@ -37,6 +38,7 @@ def serve(bundles: Sequence[str], settings: Settings, *, device: str, feature_ca
     Then nobody is let in any more, and what runs has ten seconds to end. Raises SiglanceError if the server cannot
     start.
     """
+    sys.setswitchinterval(_SWITCH)
     with ExitStack() as opened:
         listening = opened.enter_context(listen(settings.host, settings.port))
         models = _open(opened, bundles, settings, device, feature_cache)

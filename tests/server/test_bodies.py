@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from starlette.requests import Request
 
@@ -61,7 +62,8 @@ def test_any_bytes_are_an_object_or_a_failure_of_the_caller(body):
         (b"", "the body is not JSON: Expecting value at line 1, column 1"),
         (b"{", "not JSON"),
         (b'{"a": 1}x', "not JSON: Extra data"),
-        (b"\xef\xbb\xbf{}", "not JSON"),
+        (b"\xef\xbb\xbf\xef\xbb\xbf{}", "not JSON"),
+        (b"\xfe\xff\x00{\x00}", "not UTF-8 at byte 0"),
         (b"[]", "must be a JSON object, not a list"),
         (b"null", "must be a JSON object, not null"),
         (b"true", "not true or false"),
@@ -86,6 +88,72 @@ def test_what_is_refused_says_why(body, message):
     with pytest.raises(Failure) as caught:
         parse_object(body)
     assert (caught.value.status, caught.value.kind) == (400, "invalid")
+    assert message in caught.value.message
+
+
+def test_a_byte_order_mark_is_passed_over():
+    assert parse_object(b'\xef\xbb\xbf{"a": 1}') == {"a": 1}
+
+
+LONG = "iVBORw0KGgo=" * 9000
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"a": LONG},
+        {"a": [LONG, LONG[1:], "x", {"b": LONG}], "c": LONG[:70_000]},
+        {LONG: 1, "a": LONG},
+        {"a": '"' + LONG},
+        {"a": "\\" + LONG, "b": LONG + "\\"},
+        {"a": 'q"' + LONG, "b": LONG + '"', "c": LONG + "\n"},
+        {"a": " " * 70_000 + LONG},
+        {"a": "words, of: a [text] {that} goes on " * 3000},
+        {"a": "Wörter " * 20_000, "b": 1},
+        {"a": ["x"] * 30_000 + [LONG]},
+    ],
+    ids=range(10),
+)
+@pytest.mark.parametrize("indent", [None, 3])
+def test_long_texts_are_what_json_says(value, indent):
+    for ascii_only in (True, False):
+        assert parse_object(bytearray(json.dumps(value, ensure_ascii=ascii_only, indent=indent).encode())) == value
+
+
+def without_doubles(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("twice in one object")
+    return dict(pairs)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(st.text('{}[]",:\\ a1\n', max_size=12), st.integers(0, 3)), max_size=5))
+def test_long_runs_anywhere_change_nothing(pieces):
+    """Whatever stands around a long run of letters: what Python's own parser says, this one says."""
+    body = ('{"a":"' + "".join(text + "xY" * (40_000 * (size == 3)) for text, size in pieces) + '"}').encode()
+    try:
+        expected = json.loads(body, object_pairs_hook=without_doubles)
+    except ValueError as error:
+        with pytest.raises(Failure, match=re.escape(getattr(error, "msg", str(error)))):
+            parse_object(body)
+    else:
+        assert parse_object(body) == expected
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (f'{{"a": "{LONG}", "b": }}', f"Expecting value at line 1, column {len(LONG) + 16}"),
+        (f'{{"a": "x"{LONG}"y"}}', "Expecting ',' delimiter at line 1, column 10"),
+        (f'{{"a": "{LONG}\n"}}', "Invalid control character"),
+        (f'"{LONG}"', "must be a JSON object, not a text"),
+        (f'{{"a": "{LONG}', "Unterminated string"),
+        ('{"a": "' + "x" * 80_000 + "\udcff" + '"}', "not UTF-8 at byte 80007"),
+    ],
+)
+def test_bodies_with_long_texts_are_refused_at_their_place(body, message):
+    with pytest.raises(Failure) as caught:
+        parse_object(body.encode("utf-8", "surrogateescape"))
     assert message in caught.value.message
 
 

@@ -9,6 +9,8 @@ import base64
 import http.client
 import json
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -245,38 +247,44 @@ def test_sixteen_clients_get_the_answers_of_one():
     assert not [name for name in found if 'status="5' in name or ('status="4' in name and 'status="499"' not in name)]
 
 
-def test_health_answers_while_large_pictures_are_read():
-    """Under 100 ms at the 95th percentile while four clients send pictures of 20 megapixels, encoded in 16 MB."""
+# A process of its own, so that it does not take turns with who looks at /health.
+CLIENT = """
+import http.client, sys, time
+host, port, path, body, seconds = sys.argv[1:]
+connection, data = http.client.HTTPConnection(host, int(port), timeout=60), open(body, "rb").read()
+end = time.monotonic() + float(seconds)
+while time.monotonic() < end:
+    connection.request("POST", path, data, {"content-type": "application/json"})
+    answer = connection.getresponse()
+    print(answer.status, len(answer.read()))
+"""
+
+
+def test_health_answers_while_large_pictures_are_read(tmp_path):
+    """Under 100 ms at the 99th percentile while four clients send pictures of 5 megapixels, encoded in 16 MB."""
     noise = np.random.default_rng(0).integers(0, 256, (2000, 2700, 3), np.uint8)
     picture = base64.b64encode(encoded(PIL.Image.fromarray(noise), "PNG", compress_level=0)).decode()
     job = gemini("describe", picture, False, 0)
+    body = tmp_path / "body.json"
+    body.write_bytes(job.body)
     with started() as server:
-        stop, answers = threading.Event(), []
-
-        def client() -> None:
-            connection = http.client.HTTPConnection(*server.address(), timeout=60)
-            while not stop.is_set():
-                answers.append(ask(connection, job, False)[0])
-            connection.close()
-
-        threads = [threading.Thread(target=client) for _ in range(4)]
-        for thread in threads:
-            thread.start()
+        host, port = server.address()
+        command = [sys.executable, "-c", CLIENT, host, str(port), job.path, str(body), "8"]
+        clients = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(4)]
         took = []
         end = time.monotonic() + 8
         while time.monotonic() < end:
             begin = time.perf_counter()
             assert server.ask("GET", "/health")[0] == 200
             took.append(time.perf_counter() - begin)
-        stop.set()
-        for thread in threads:
-            thread.join()
+        answers = [line for client in clients for line in client.communicate(timeout=60)[0].splitlines()]
     milliseconds = np.array(took) * 1e3
-    p50, p95 = np.percentile(milliseconds, (50, 95))
+    p50, p95, p99 = np.percentile(milliseconds, (50, 95, 99))
     print(f"\n{len(answers)} pictures of {len(job.body) / 1e6:.0f} MB, {len(took)} looks at /health: "
-          f"p50 {p50:.0f} ms, p95 {p95:.0f} ms, slowest {milliseconds.max():.0f} ms")  # fmt: skip
-    assert len(set(map(str, answers))) == 1
-    assert p95 < 100
+          f"p50 {p50:.0f} ms, p95 {p95:.0f} ms, p99 {p99:.0f} ms, slowest {milliseconds.max():.0f} ms")  # fmt: skip
+    assert len(answers) > 4
+    assert all(answer.startswith("200 ") for answer in answers)
+    assert p99 < 100
 
 
 def test_connections_that_say_nothing_do_not_stop_the_others():

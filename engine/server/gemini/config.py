@@ -21,7 +21,8 @@ from ..access import Access
 from ..bodies import Fields
 from ..failures import Failure
 from ..request import Request
-from .contents import Said, checked, fetched, read_contents, read_system, repeated
+from ..said import Said, fetched
+from .contents import checked, read_contents, read_system, repeated
 from .media import LEVELS
 from .schemas import json_schema, plain_schema
 

@@ -6,54 +6,30 @@ functions stand in contents of the user there and are turns of their own here.
 
 from __future__ import annotations
 
-import asyncio
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from ...errors import InputError
 from ...manifest import Manifest
-from ...parts import NormalPart, Turn
 from ...prompt import Text, Thought
 from ...tools import ToolCall, ToolResult
-from ..access import Access
 from ..bodies import Fields
 from ..failures import Failure
-from .media import File, read_file
+from ..said import Said, SaidPart
+from .media import read_file
 
-__all__ = ["Said", "checked", "fetched", "read_contents", "read_system", "repeated"]
+__all__ = ["checked", "read_contents", "read_system", "repeated"]
 
 _KINDS = ("text", "inlineData", "fileData", "functionCall", "functionResponse")
 _ROLES = {"": "user", "user": "user", "model": "assistant", "function": "tool", "tool": "tool"}
 _Value = TypeVar("_Value")
 
 
-SaidPart = NormalPart | File
-Said = tuple[str, list[SaidPart]]
-"""The role of a turn and its parts."""
-
-
-# --- media that are not there yet
-
-
-async def fetched(turns: Sequence[Said], access: Access) -> tuple[Turn, ...]:
-    """The turns with their files. Raises Failure for one that is not allowed, or that cannot be had."""
-    return tuple([Turn(role, [await _fetched(part, access) for part in parts]) for role, parts in turns])
-
-
-async def _fetched(part: SaidPart, access: Access) -> NormalPart:
-    if not isinstance(part, File):
-        return part
-    if part.uri is not None:
-        return part.part(await access.read(part.uri, part.place))
-    assert part.base64 is not None
-    return part.part(await asyncio.to_thread(access.base64, part.base64, part.place))
-
-
 # --- contents
 
 
-def read_contents(body: Fields, manifest: Manifest, resolution: str | None) -> list[Said]:
+def read_contents(body: Fields, manifest: Manifest, resolution: str | None) -> Sequence[Said]:
     """The turns of a request. `resolution` is the level of media that have none of their own. Raises Failure."""
     contents = repeated(body, "contents")
     if contents is None:
@@ -98,13 +74,13 @@ class _Reader:
     """Reads contents in their order; calls and results are matched on the way."""
 
     def __init__(self, manifest: Manifest, resolution: str | None):
-        self._turns: list[Said] = []
+        self._turns: list[tuple[str, list[SaidPart]]] = []
         self._manifest = manifest
         self._resolution = resolution
         self._calls = _Calls()
         self._places: dict[int, list[int]] = {}  # of a turn of results: the places of the calls that they answer
 
-    def turns(self) -> list[Said]:
+    def turns(self) -> Sequence[Said]:
         """What has been read. Results stand in the order of their calls, because the engine goes by name and order."""
         for index, places in self._places.items():
             results = self._turns[index][1]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from ...manifest import Manifest
@@ -12,8 +11,9 @@ from ...parts import Audio, Image, NormalPart, Pdf, Video
 from ...prompt import Text
 from ..bodies import Fields
 from ..failures import Failure
+from ..said import File
 
-__all__ = ["LEVELS", "MAX_FPS", "PART_LEVELS", "File", "budget", "read_file"]
+__all__ = ["LEVELS", "MAX_FPS", "PART_LEVELS", "budget", "read_file"]
 
 LEVELS = ("MEDIA_RESOLUTION_UNSPECIFIED", "MEDIA_RESOLUTION_LOW", "MEDIA_RESOLUTION_MEDIUM", "MEDIA_RESOLUTION_HIGH")
 PART_LEVELS = (*LEVELS, "MEDIA_RESOLUTION_ULTRA_HIGH")
@@ -24,16 +24,6 @@ _RATE = re.compile(r";\s*rate=([0-9]{1,6})(?![0-9])")
 _PCM = ("l16", "pcm")
 _PCM_RATE = 16_000  # of raw samples whose type does not say
 _DURATION = re.compile(r"([0-9]{1,12}(?:\.[0-9]{1,9})?)s")
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class File:
-    """A medium whose bytes are not there yet: in base64, or somewhere else."""
-
-    place: str
-    base64: str | None
-    uri: str | None
-    part: Callable[[bytes], NormalPart]
 
 
 def read_file(part: Fields, kind: str, manifest: Manifest, resolution: str | None) -> File:
@@ -54,7 +44,7 @@ def read_file(part: Fields, kind: str, manifest: Manifest, resolution: str | Non
     tokens = _tokens(part, family, manifest, resolution)
     make = _maker(family, subtype, parameters, tokens, clip or {}, source)
     uri = where if kind == "fileData" else None
-    return File(source.path(name), None if uri is not None else where, uri, make)
+    return File(place=source.path(name), base64=None if uri is not None else where, uri=uri, part=make)
 
 
 def _tokens(part: Fields, family: str, manifest: Manifest, resolution: str | None) -> int | None:

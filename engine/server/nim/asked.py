@@ -6,11 +6,11 @@ A picture is a part of its own, or it is written into the text, as the first cli
 
 from __future__ import annotations
 
+import asyncio
 import re
 from dataclasses import dataclass
 from typing import Any
 
-from ...parts import Image, Turn, TurnPart
 from ...prompt import Text
 from ...sampling import Sampling
 from ..access import Access
@@ -18,6 +18,7 @@ from ..bodies import Fields
 from ..failures import Failure
 from ..pictures import picture
 from ..request import Request
+from ..said import File, Said, SaidPart, fetched
 
 __all__ = ["MAX_BASE64", "MAX_TEXT", "MAX_TOKENS", "TEMPERATURE", "TOP_P", "Asked", "read_chat"]
 
@@ -47,19 +48,24 @@ class Asked:
 
 async def read_chat(data: dict[str, Any], access: Access) -> Asked:
     """The body of a request. Raises Failure; fields that are not known are refused by name."""
+    turn, options, stream = await asyncio.to_thread(_read, data)  # a body may be long
+    return Asked(request=Request(conversation=await fetched([turn], access), **options), stream=stream)
+
+
+def _read(data: dict[str, Any]) -> tuple[Said, dict[str, Any], bool]:
+    """The turn, with pictures that are not there yet, further fields of `Request`, and whether a stream is wanted."""
     body = Fields(data)
-    turn = await _turn(body, access)
+    turn = _turn(body)
     temperature, top_p = _share(body, "temperature"), _share(body, "top_p")
-    request = Request(
-        conversation=(turn,),
-        max_tokens=body.integer("max_tokens", 1, MAX_TOKENS) or MAX_TOKENS,
-        sampling=Sampling(
+    options = {
+        "max_tokens": body.integer("max_tokens", 1, MAX_TOKENS) or MAX_TOKENS,
+        "sampling": Sampling(
             temperature=TEMPERATURE if temperature is None else temperature, top_p=TOP_P if top_p is None else top_p
         ),
-    )
+    }
     stream = bool(body.flag("stream"))
     body.finish()
-    return Asked(request=request, stream=stream)
+    return turn, options, stream
 
 
 def _share(body: Fields, name: str) -> float | None:
@@ -70,7 +76,7 @@ def _share(body: Fields, name: str) -> float | None:
     return value
 
 
-async def _turn(body: Fields, access: Access) -> Turn:
+def _turn(body: Fields) -> Said:
     messages = body.objects("messages")
     if messages is None:
         raise body.missing("messages")
@@ -83,25 +89,25 @@ async def _turn(body: Fields, access: Access) -> Turn:
     if content is None:
         raise message.missing("content")
     if isinstance(content, str):
-        parts = await _with_pictures(content, message.path("content"), access)
+        parts = _with_pictures(content, message.path("content"))
     elif isinstance(content, list):
-        parts = [part for item in message.objects("content") or () for part in await _part(item, access)]
+        parts = [part for item in message.objects("content") or () for part in _part(item)]
     else:
         raise message.failure("content", "must be a text or a list of parts")
     message.finish()
-    return Turn("user", parts)
+    return "user", parts
 
 
-async def _part(item: Fields, access: Access) -> list[TurnPart]:
+def _part(item: Fields) -> list[SaidPart]:
     kind = item.choice("type", ("text", "image_url"))
     if kind is None:
         raise item.missing("type")
-    parts: list[TurnPart] = []
+    parts: list[SaidPart] = []
     if kind == "text":
         text = item.text("text", MAX_TEXT)
         if text is None:
             raise item.missing("text")
-        parts = await _with_pictures(text, item.path("text"), access)
+        parts = _with_pictures(text, item.path("text"))
     else:
         image = item.object("image_url")
         if image is None:
@@ -110,30 +116,30 @@ async def _part(item: Fields, access: Access) -> list[TurnPart]:
         if url is None:
             raise image.missing("url")
         image.finish()
-        parts = [await _picture(url, image.path("url"), access)]
+        parts = [_picture(url, image.path("url"))]
     item.finish()
     return parts
 
 
-async def _with_pictures(text: str, place: str, access: Access) -> list[TurnPart]:
+def _with_pictures(text: str, place: str) -> list[SaidPart]:
     """A text and the pictures that are written into it, in their order. White space around a picture is markup."""
     pieces = _IMAGE.split(text)  # text, then quote, URL and text for each picture
     texts, urls = pieces[::3], pieces[2::3]
-    parts: list[TurnPart] = []
+    parts: list[SaidPart] = []
     for index, piece in enumerate(texts):
         said = piece if index == 0 else piece.lstrip()
         said = said if index == len(urls) else said.rstrip()
         if said or not urls:
             parts.append(Text(said))
         if index < len(urls):
-            parts.append(await _picture(urls[index], f"{place}: picture {index + 1}", access))
+            parts.append(_picture(urls[index], f"{place}: picture {index + 1}"))
     return parts
 
 
-async def _picture(url: str, place: str, access: Access) -> Image:
+def _picture(url: str, place: str) -> File:
     header, comma, payload = url.partition(",")
     if comma and header[:5].lower() == "data:" and len(payload) > MAX_BASE64:
         raise Failure(
             400, f"{place} has {len(payload)} characters of base64, over the limit of {MAX_BASE64}", field=place
         )
-    return picture(await access.read(url, place), place)
+    return File(place=place, uri=url, part=lambda data: picture(data, place))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from ...calls import CHOICES, ToolChoice
@@ -11,12 +14,14 @@ from ...engine import DEFAULT_MAX_TOKENS
 from ...errors import PromptError
 from ...grammar import Grammar
 from ...logprobs import MAX_LOGPROBS
+from ...parts import Turn
 from ...sampling import REPETITION, Sampling
 from ...tools import Tool
 from ..access import Access
 from ..bodies import Fields
 from ..failures import Failure
 from ..request import Request
+from ..said import Said, fetched
 from ..service import Model, Service
 from .messages import Media, read_messages, refuse
 
@@ -58,6 +63,12 @@ class Asked:
 
 async def read_chat(data: dict[str, Any], service: Service, access: Access) -> Asked:
     """The body of a chat completion. Raises Failure or InputError; fields that are not known are refused by name."""
+    turns, asked = await asyncio.to_thread(_read, data, service)  # a body may be long
+    return asked(await fetched(turns, access))
+
+
+def _read(data: dict[str, Any], service: Service) -> tuple[Sequence[Said], Callable[[tuple[Turn, ...]], Asked]]:
+    """The turns, with files that are not there yet, and what makes the rest of them when they are."""
     body = Fields(data)
     model = model_of(service, body.text("model"))
     stream = bool(body.flag("stream"))
@@ -66,8 +77,9 @@ async def read_chat(data: dict[str, Any], service: Service, access: Access) -> A
     form = _format(body)
     if form is not None and choice not in ("auto", "none"):
         raise body.failure("response_format", "excludes a tool_choice by which calls must come")
-    request = Request(
-        conversation=await read_messages(body, Media(access, model.engine.manifest.image)),
+    turns = read_messages(body, Media(model.engine.manifest.image))
+    request = partial(
+        Request,
         max_tokens=_max_tokens(body),
         sampling=_sampling(body),
         stop=_stop(body),
@@ -81,7 +93,12 @@ async def read_chat(data: dict[str, Any], service: Service, access: Access) -> A
     )
     tier = _bookkeeping(body)
     body.finish()
-    return Asked(model=model, request=request, stream=stream, include_usage=include_usage, tier=tier)
+
+    def asked(conversation: tuple[Turn, ...]) -> Asked:
+        whole = request(conversation=conversation)
+        return Asked(model=model, request=whole, stream=stream, include_usage=include_usage, tier=tier)
+
+    return turns, asked
 
 
 def model_of(service: Service, name: str | None) -> Model:

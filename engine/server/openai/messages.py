@@ -6,21 +6,20 @@ order.
 
 from __future__ import annotations
 
-import asyncio
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ...errors import PromptError
 from ...manifest import ImageFacts
-from ...parts import Audio, Image, Pdf, Turn, TurnPart
+from ...parts import Audio, Pdf
 from ...pdf import is_pdf
 from ...prompt import Text, Thought
 from ...tools import ToolCall, ToolResult
-from ..access import Access
 from ..bodies import Fields
 from ..failures import Failure
 from ..pictures import picture
+from ..said import File, Said, SaidPart
 
 __all__ = ["Media", "read_messages", "refuse"]
 
@@ -37,49 +36,54 @@ _NO_FILE_ID = "no files are kept here, use file.file_data"
 class Media:
     """Reads the media in parts of messages."""
 
-    def __init__(self, access: Access, facts: ImageFacts | None):
+    def __init__(self, facts: ImageFacts | None):
         """`facts` are those of the bundle, None for one without vision."""
-        self._access = access
         budgets = facts.budgets if facts is not None else (None,)
         # "auto" is the bundle's default; the two ends are what the caller can choose.
         self._budgets = {"auto": None, "low": budgets[0], "high": budgets[-1], "original": budgets[-1]}
 
-    async def image(self, part: Fields) -> Image:
+    def image(self, part: Fields) -> File:
         """Of {"image_url": {"url", "detail"}}; `detail` chooses among the bundle's budgets of soft tokens."""
         image = _needed(part.object("image_url"), part, "image_url")
         detail = image.choice("detail", _DETAILS) or "auto"
-        place = image.path("url")
-        data = await self._access.read(_needed(image.text("url"), image, "url"), place)
+        place, tokens = image.path("url"), self._budgets[detail]
+        url = _needed(image.text("url"), image, "url")
         image.finish()
-        return picture(data, place, self._budgets[detail])
+        return File(place=place, uri=url, part=lambda data: picture(data, place, tokens))
 
-    async def sound(self, part: Fields) -> Audio:
+    def sound(self, part: Fields) -> File:
         """Of {"input_audio": {"data", "format"}}. One that is longer than the model hears at once becomes several."""
         sound = _needed(part.object("input_audio"), part, "input_audio")
         form = _needed(sound.choice("format", _FORMATS), sound, "format")
-        data = await self._base64(_needed(sound.text("data"), sound, "data"), sound.path("data"))
+        text = _needed(sound.text("data"), sound, "data")
         sound.finish()
-        if (data[:4] in _WAVE) != (form == "wav"):
-            raise sound.failure("data", f"is not what its format says: {form!r}")
-        return Audio(data, split=True)
 
-    async def file(self, part: Fields) -> Pdf:
+        def heard(data: bytes) -> Audio:
+            if (data[:4] in _WAVE) != (form == "wav"):
+                raise sound.failure("data", f"is not what its format says: {form!r}")
+            return Audio(data, split=True)
+
+        return File(place=sound.path("data"), base64=text, part=heard)
+
+    def file(self, part: Fields) -> File:
         """Of {"file": {"file_data", "filename"}}: a PDF, in a data URI or in base64 alone."""
         file = _needed(part.object("file"), part, "file")
         refuse(file, "file_id", _NO_FILE_ID)
         file.text("filename")  # a label: what the file is, its content says
         text, place = _needed(file.text("file_data"), file, "file_data"), file.path("file_data")
-        data = await (self._access.read(text, place) if ":" in text[:100] else self._base64(text, place))
         file.finish()
-        if not is_pdf(data):
-            raise file.failure("file_data", "is no PDF; other files are not read")
-        return Pdf(data)
 
-    async def _base64(self, text: str, place: str) -> bytes:
-        return await asyncio.to_thread(self._access.base64, text, place)
+        def read(data: bytes) -> Pdf:
+            if not is_pdf(data):
+                raise file.failure("file_data", "is no PDF; other files are not read")
+            return Pdf(data)
+
+        return (
+            File(place=place, uri=text, part=read) if ":" in text[:100] else File(place=place, base64=text, part=read)
+        )
 
 
-async def read_messages(body: Fields, media: Media) -> tuple[Turn, ...]:
+def read_messages(body: Fields, media: Media) -> Sequence[Said]:
     """The turns of `messages`. Raises Failure, or PromptError for calls that cannot be written."""
     messages = _needed(body.objects("messages"), body, "messages")
     if not messages:
@@ -88,13 +92,13 @@ async def read_messages(body: Fields, media: Media) -> tuple[Turn, ...]:
     for message in messages:
         role = _needed(message.choice("role", _ROLES), message, "role")
         if role == "tool":
-            conversation.answer(*await _tool_message(message))
+            conversation.answer(*_tool_message(message))
         elif role == "assistant":
-            conversation.say(*await _assistant_message(message))
+            conversation.say(*_assistant_message(message))
         else:
             refuse(message, "name", _NO_NAMES)
-            parts = await _content(message, {**_TEXT, **_media_parts(media)} if role == "user" else _TEXT)
-            conversation.add(Turn("user" if role == "user" else "system", parts))
+            parts = _content(message, {**_TEXT, **_media_parts(media)} if role == "user" else _TEXT)
+            conversation.add("user" if role == "user" else "system", parts)
         message.finish()
     return conversation.turns()
 
@@ -103,16 +107,16 @@ class _Conversation:
     """Turns, with results of tools told apart by the ids of their calls and put into the order of these."""
 
     def __init__(self):
-        self._turns: list[Turn] = []
+        self._turns: list[Said] = []
         self._calls: dict[str, ToolCall] = {}  # of the assistant's messages that the results now belong to
         self._results: dict[str, ToolResult] = {}
 
-    def add(self, turn: Turn) -> None:
+    def add(self, role: str, parts: Sequence[SaidPart]) -> None:
         self._close()
         self._calls = {}
-        self._turns.append(turn)
+        self._turns.append((role, parts))
 
-    def say(self, parts: list[TurnPart], calls: dict[str, ToolCall], message: Fields) -> None:
+    def say(self, parts: list[SaidPart], calls: dict[str, ToolCall], message: Fields) -> None:
         """A message of the assistant, with its calls by id."""
         if self._results:
             self._close()
@@ -121,7 +125,7 @@ class _Conversation:
         if twice is not None:
             raise message.failure("tool_calls", f"has the id {twice[:60]!r} twice")
         self._calls |= calls
-        self._turns.append(Turn("assistant", [*parts, *calls.values()]))
+        self._turns.append(("assistant", [*parts, *calls.values()]))
 
     def answer(self, id: str, name: str | None, content: str, message: Fields) -> None:
         """A result."""
@@ -134,18 +138,18 @@ class _Conversation:
             raise message.failure("name", f"is {name[:60]!r}, the call was of {call.name!r}")
         self._results[id] = _result(call.name, content)
 
-    def turns(self) -> tuple[Turn, ...]:
+    def turns(self) -> Sequence[Said]:
         self._close()
-        return tuple(self._turns)
+        return self._turns
 
     def _close(self) -> None:
         """Results of one name are told apart by their order only, which is therefore that of the calls."""
         ordered = [self._results[id] for id in self._calls if id in self._results]
-        self._turns += [Turn("tool", [result]) for result in ordered]
+        self._turns += [("tool", [result]) for result in ordered]
         self._results = {}
 
 
-async def _assistant_message(message: Fields) -> tuple[list[TurnPart], dict[str, ToolCall], Fields]:
+def _assistant_message(message: Fields) -> tuple[list[SaidPart], dict[str, ToolCall], Fields]:
     refuse(message, "name", _NO_NAMES)
     refuse(message, "audio", _NO_SPEECH)
     refuse(message, "function_call", _NO_FUNCTION_CALL)
@@ -153,9 +157,9 @@ async def _assistant_message(message: Fields) -> tuple[list[TurnPart], dict[str,
         raise message.failure("annotations", "is not supported: replies here have none")
     calls = _tool_calls(message)
     refusal, thought = message.text("refusal"), message.text("reasoning_content")
-    parts: list[TurnPart] = []
+    parts: list[SaidPart] = []
     if "content" in message or not (calls or refusal):
-        parts += await _content(message, {**_TEXT, "refusal": _refusal_part})
+        parts += _content(message, {**_TEXT, "refusal": _refusal_part})
     message.value("content")  # null is a value too
     if refusal:
         parts.append(Text(refusal))
@@ -195,9 +199,9 @@ def _arguments(text: str, function: Fields) -> dict[str, Any]:
     return arguments
 
 
-async def _tool_message(message: Fields) -> tuple[str, str | None, str, Fields]:
+def _tool_message(message: Fields) -> tuple[str, str | None, str, Fields]:
     id = _needed(message.text("tool_call_id"), message, "tool_call_id")
-    parts = await _content(message, _TEXT)
+    parts = _content(message, _TEXT)
     return id, message.text("name"), "".join(part.text for part in parts if isinstance(part, Text)), message
 
 
@@ -212,10 +216,10 @@ def _result(name: str, content: str) -> ToolResult:
     return ToolResult(name, content)
 
 
-_ReadPart = Callable[[Fields], Awaitable[TurnPart]]
+_ReadPart = Callable[[Fields], SaidPart]
 
 
-async def _content(message: Fields, kinds: dict[str, _ReadPart]) -> list[TurnPart]:
+def _content(message: Fields, kinds: dict[str, _ReadPart]) -> list[SaidPart]:
     """The parts of `content`, which is text or a list of parts of these kinds."""
     value = message.value("content")
     if value is None:
@@ -224,19 +228,19 @@ async def _content(message: Fields, kinds: dict[str, _ReadPart]) -> list[TurnPar
         return [Text(value)]
     if not isinstance(value, list):
         raise message.failure("content", "must be a text or a list of parts")
-    parts: list[TurnPart] = []
+    parts: list[SaidPart] = []
     for part in message.objects("content") or ():
         kind = _needed(part.choice("type", tuple(kinds)), part, "type")
-        parts.append(await kinds[kind](part))
+        parts.append(kinds[kind](part))
         part.finish()
     return parts
 
 
-async def _text_part(part: Fields) -> Text:
+def _text_part(part: Fields) -> Text:
     return Text(_needed(part.text("text"), part, "text"))
 
 
-async def _refusal_part(part: Fields) -> Text:
+def _refusal_part(part: Fields) -> Text:
     return Text(_needed(part.text("refusal"), part, "refusal"))
 
 
