@@ -1,7 +1,8 @@
 """A bundle on disk: find it, read its manifest, check its files. Nothing here loads a graph.
 
 A bundle is untrusted input: file names stay inside the folder, sizes and SHA-256 sums are checked before anything is
-opened, and nothing in it is executed except the graphs and the sandboxed chat template.
+opened, and nothing in it is executed except the graphs and the sandboxed chat template. Links are followed only inside
+the cache of huggingface-hub, from a snapshot to the blobs of its own repository.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 
 from .errors import BundleError
@@ -19,6 +21,7 @@ __all__ = ["Bundle", "cache_folder", "demo_folder", "find_bundle"]
 
 _GRAPHS = ("vision", "audio", "embed", "decoder")
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+_COMMIT = re.compile("[0-9a-f]{40}")
 MANIFEST_BYTES = 1 << 20  # a manifest is a few kilobytes; anything near this is not one
 
 
@@ -107,10 +110,10 @@ def _check_file(folder: Path, key: str, fact: FileFact, stamps: _Stamps) -> None
     if not fact.path or Path(fact.path).name != fact.path or "\\" in fact.path or fact.path in (".", ".."):
         raise BundleError(f"files.{key}: path {fact.path!r} must be a plain file name")
     path = folder / fact.path
-    if os.path.islink(path):
+    if os.path.islink(path) and not _is_cached(path):
         raise BundleError(
-            f"files.{key}: {path} is a symbolic link, and a bundle is a folder of regular files: copy it with its "
-            "files (cp -rL; hf download --local-dir)"
+            f"files.{key}: {path} is a symbolic link to {os.path.realpath(path)}, and a bundle is a folder of regular "
+            "files: copy it with its files (cp -rL; hf download --local-dir)"
         )
     if not os.path.isfile(path):
         raise BundleError(f"files.{key}: {path} is missing or not a regular file")
@@ -127,6 +130,14 @@ def _check_file(folder: Path, key: str, fact: FileFact, stamps: _Stamps) -> None
     if found != fact.sha256:
         raise BundleError(f"files.{key}: {path} has SHA-256 {found}, the manifest says {fact.sha256}")
     stamps.remember(path, fact.sha256)
+
+
+def _is_cached(path: Path) -> bool:
+    """Whether a link is one of the cache of huggingface-hub: from snapshots/COMMIT/... into blobs/ beside it."""
+    for folder in path.parents:
+        if folder.parent.name == "snapshots" and _COMMIT.fullmatch(folder.name):
+            return Path(os.path.realpath(path)).parent == folder.parent.parent / "blobs"
+    return False
 
 
 def _check_weights(bundle: Bundle) -> None:

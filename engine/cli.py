@@ -40,6 +40,7 @@ from .options import (
     LogprobsOption,
     MaxTokensOption,
     MinPOption,
+    OutputOption,
     PagesOption,
     PanAndScanOption,
     PresencePenaltyOption,
@@ -251,7 +252,7 @@ def export(
     source: Annotated[
         str, typer.Argument(help="A checkpoint: a Hugging Face folder, a GGUF file, or an id on the Hugging Face hub.")
     ],
-    out: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="The new bundle folder.")],
+    out: OutputOption,
     precision: Annotated[
         str | None,
         typer.Option(
@@ -281,11 +282,9 @@ def export(
         result = export_checkpoint(
             source, out, options, revision=revision, tokenizer=tokenizer, random=random, progress=report
         )
-    print(f"{result.folder}: {result.family}, {result.precision}, {result.total_bytes / 1e6:.1f} MB")
-    for name in result.graphs:
-        print(f"  {name}: {result.graph_line(name)}")
-    for part in result.left_out:
-        print(f"  left out: {part}")
+    print("\n".join(result.lines()))
+    for remark in result.notes:
+        output.note(f"  note: {remark}")
 
 
 @app.command()

@@ -29,6 +29,7 @@ __all__ = [
     "LogprobsOption",
     "MaxTokensOption",
     "MinPOption",
+    "OutputOption",
     "PagesOption",
     "PanAndScanOption",
     "PresencePenaltyOption",
@@ -55,6 +56,13 @@ class Switch(Enum):
 
     on = "on"
     off = "off"
+
+
+def _named_path(text: str) -> Path:
+    """A path of the command line. An empty one, as of a variable that is not set, would be the working directory."""
+    if not text:
+        raise typer.BadParameter("the path is empty")
+    return Path(text)
 
 
 BundlesArgument = Annotated[
@@ -140,8 +148,12 @@ SeedOption = Annotated[int | None, typer.Option("--seed", metavar="N", help="Sam
 CacheOption = Annotated[
     Switch, typer.Option("--cache", help="Go on from what earlier requests left, and keep encoded pictures.")
 ]
+OutputOption = Annotated[
+    Path, typer.Option("-o", "--output", metavar="DIR", parser=_named_path, help="The bundle folder, new or empty.")
+]
 FeatureCacheOption = Annotated[
-    Path | None, typer.Option("--feature-cache", metavar="DIR", help="Keep encoded pictures in this folder.")
+    Path | None,
+    typer.Option("--feature-cache", metavar="DIR", parser=_named_path, help="Keep encoded pictures in this folder."),
 ]
 DeviceOption = Annotated[str, typer.Option("--device", metavar="D", help="auto, cpu, cuda or cuda:N.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]

@@ -63,6 +63,8 @@ class Reuse:
         reusable = "attention:prefix" not in manifest.requires
         folder = None
         if feature_cache_dir is not None:
+            if not os.fspath(feature_cache_dir):
+                raise InputError("feature_cache_dir is empty; give a folder, or None to keep nothing on disk")
             folder = FeatureFolder(feature_cache_dir, tower_identity(manifest), feature_cache_dir_bytes)
         return cls(
             PrefixCache(cache_bytes if reusable else 0),

@@ -105,6 +105,11 @@ class GraphBuilder:
         self._halves: dict[ir.Value, ir.Value] = {}  # float32 value -> its float16 version
         self._bounds: dict[ir.Value, float] = {}
 
+    @property
+    def graph(self) -> ir.Graph:
+        """The graph as far as it is built."""
+        return self._graph
+
     @contextlib.contextmanager
     def scope(self, name: str) -> Iterator[None]:
         """Prefix the names of everything made inside with `name`."""

@@ -85,6 +85,10 @@ class Checkpoint(Protocol):
         """Matrix `name` in the blocks it is stored in, or None when it is stored in a way that blocks cannot repeat."""
         ...
 
+    def widened(self) -> dict[str, int]:
+        """Weights of quantised matrices that `blocks` cannot give, by the name of their format."""
+        ...
+
     def write_texts(self, folder: Path) -> dict[str, str]:
         """Write the tokenizer, and the chat template if there is one, to `folder`; returns manifest key -> file."""
         ...
@@ -149,6 +153,10 @@ class FolderCheckpoint:
 
     def blocks(self, name: str) -> None:
         """Safetensors hold plain numbers."""
+
+    def widened(self) -> dict[str, int]:
+        """None are quantised."""
+        return {}
 
     def write_texts(self, folder: Path) -> dict[str, str]:
         """Copy tokenizer.json; the template is chat_template.jinja, or else stands in tokenizer_config.json."""

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import itertools
 import json
 import os
 import platform
 import re
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -29,15 +28,17 @@ from ..engine.manifest import (
     FileFact,
     Manifest,
     PromptFacts,
-    SamplingFacts,
     write_manifest,
 )
 from .builder import GraphBuilder, WeightsFile
 from .calibration_run import Request, calibrate, calibrated_plan
 from .checkpoint import Checkpoint, Weights
 from .child import in_child
+from .cuda_rules import broken_rules
 from .families import ExportOptions, Facts, Family, find_family
+from .generation import sampling_facts, stop_ids
 from .graph_losses import check_losses
+from .output_folder import check_output, output_folder
 from .plan import Plan, plan_for
 from .random_checkpoint import RandomCheckpoint, RandomWeights
 from .self_check import record_self_test, special_tokens, tokenizer_ids
@@ -53,7 +54,8 @@ _TOKEN = re.compile(r"<[^<>\s]+>")  # the tokens in what surrounds a picture, wh
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExportReport:
-    """What was written: the folder, nodes and weight bytes per graph, parts of the checkpoint that were left out.
+    """What was written: the folder, nodes and weight bytes per graph, parts of the checkpoint that were left out, and
+    `notes`, what the user of the bundle should know.
 
     `graphs` maps names to {"nodes", "weight_bytes", "dtypes": bytes by dtype} and, where matrices are not float32, what
     that costs: {"cosine"}, for the decoder also {"argmax_agreement"} (see `graph_losses`). A weight that several graphs
@@ -65,10 +67,16 @@ class ExportReport:
     precision: str
     graphs: dict[str, dict[str, Any]]
     left_out: tuple[str, ...]
+    notes: tuple[str, ...]
     total_bytes: int
 
-    def graph_line(self, name: str) -> str:
-        """What there is to say of a graph, for people."""
+    def lines(self) -> list[str]:
+        """The report for people, without the notes."""
+        head = f"{self.folder}: {self.family}, {self.precision}, {self.total_bytes / 1e6:.1f} MB"
+        graphs = [f"  {name}: {self._graph_line(name)}" for name in self.graphs]
+        return [head, *graphs, *(f"  left out: {part}" for part in self.left_out)]
+
+    def _graph_line(self, name: str) -> str:
         facts = self.graphs[name]
         line = f"{facts['nodes']} nodes, {facts['weight_bytes'] / 1e6:.1f} MB of weights"
         if "cosine" in facts:
@@ -89,18 +97,18 @@ def export(
     name: str | None = None,
     progress: Callable[[str], None] = lambda stage: None,
 ) -> ExportReport:
-    """Export the checkpoint that `source` names to the new bundle folder `output`.
+    """Export the checkpoint that `source` names to the bundle folder `output`, which is new or empty.
 
     `source` is a Hugging Face folder, a GGUF file or a hub id (of branch, tag or commit `revision`); `tokenizer` is a
     tokenizer.json to use instead of the checkpoint's own. With `random`, `source` is the hub id of an official model,
     whose built-in configuration is filled with random weights and tokens. `progress` is called with the name of each
-    stage as it begins. Raises ExportError for anything that cannot be exported; nothing is left behind in that case.
+    stage as it begins. The context is never longer than what the model was made for; the report says so. Raises
+    ExportError for anything that cannot be exported; nothing is left behind in that case.
     """
     options = options or ExportOptions()
     if options.context < 1:
         raise ExportError(f"context {options.context} must be at least 1 token")
-    if os.path.lexists(output):
-        raise ExportError(f"{output} exists already; choose a new folder")
+    check_output(output)
     checkpoint: Checkpoint
     if random:
         if revision is not None or tokenizer is not None:
@@ -113,14 +121,17 @@ def export(
     plan = plan_for(options.precision or ("keep" if checkpoint.quantised else DEFAULT_PRECISION), options.target)
     family = find_family(checkpoint.config)
     config = family.read(checkpoint.config)
+    for check in (stop_ids, sampling_facts, _begin):  # the manifest needs them when everything else is done
+        check(checkpoint)
     checkpoint.names()
     # A child process opens the same files: a hub id may have been downloaded to a folder.
-    place = (str(source), checkpoint.revision) if checkpoint.folder is None else (str(checkpoint.folder), None)
+    local = checkpoint.folder or (Path(source) if os.path.exists(source) else None)
+    place = (str(source), checkpoint.revision) if local is None else (str(local), None)
     again = _Source(*place, None if tokenizer is None else str(tokenizer))
+    name = name or output.resolve().name
     try:
-        with _new_folder(output.parent), _temporary_sibling(output) as folder:
-            report = _write(checkpoint, family, config, options, plan, again, folder, name or output.name, progress)
-            folder.rename(output)
+        with output_folder(output) as folder:
+            report = _write(checkpoint, family, config, options, plan, again, folder, name, progress)
     except OSError as error:
         raise ExportError(f"the bundle cannot be written to {output.parent}: {error}") from None
     return dataclasses.replace(report, folder=output)
@@ -133,29 +144,6 @@ class _Source:
     source: str
     revision: str | None
     tokenizer: str | None
-
-
-@contextmanager
-def _new_folder(folder: Path) -> Iterator[None]:
-    """Make `folder` and what is missing above it; all that is taken back when the export fails."""
-    missing = list(itertools.takewhile(lambda path: not path.exists(), (folder, *folder.parents)))
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        yield
-    except BaseException:
-        for path in missing:
-            with suppress(OSError):  # not made yet, or somebody else has put something there
-                path.rmdir()
-        raise
-
-
-@contextmanager
-def _temporary_sibling(output: Path) -> Iterator[Path]:
-    """A folder beside `output` and with its name, gone at the end if it has not been moved away."""
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name[:100]}.", suffix=".part") as temporary:
-        folder = Path(temporary) / output.name
-        folder.mkdir()
-        yield folder
 
 
 def _write(
@@ -194,6 +182,8 @@ def _write(
     files |= {key: _file_fact(folder / file) for key, file in texts.items()}
     facts = _without_missing_videos(facts, folder)
     manifest = _manifest(checkpoint, family, options, plan, facts, files, folder, name)
+    notes = (*facts.notes, *_notes(checkpoint, plan, options, manifest.context))
+    facts = dataclasses.replace(facts, notes=notes)
     progress("self-test")
     # The manifest travels as text; its file is written last, so that a killed export leaves no siglance.json.
     # Blocks are multiplied as they are only after packing; float weights stay mapped instead of being copied.
@@ -219,6 +209,7 @@ def _write(
         precision=plan.precision,
         graphs=summaries,
         left_out=facts.left_out,
+        notes=facts.notes,
         total_bytes=sum(path.stat().st_size for path in folder.iterdir()),
     )
 
@@ -261,9 +252,19 @@ def _write_graphs(
             progress(graph_name)
             graph = GraphBuilder(graph_name, data, plan)
             build(graph, weights, config, options)
+            if options.target == "cuda" and graph_name != "embed":  # which runs on the host
+                _check_cuda(graph)
             graph.save(folder / f"{graph_name}.onnx", name)
             summaries[graph_name] = graph.summary()
     return summaries, FileFact(path="weights.bin", size=data.path.stat().st_size, sha256=data.sha256)
+
+
+def _check_cuda(graph: GraphBuilder) -> None:
+    """Raise ExportError for a graph that CUDA cannot run, or only wrongly or on the CPU."""
+    broken = broken_rules(graph.graph)
+    if broken:
+        more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
+        raise ExportError(f"the graph {graph.name!r} does not suit --target cuda: {'; '.join(broken[:3])}{more}")
 
 
 def _without_missing_videos(facts: Facts, folder: Path) -> Facts:
@@ -289,7 +290,6 @@ def _manifest(
     name: str,
 ) -> Manifest:
     text = checkpoint.config.get("text_config") or checkpoint.config
-    generation = checkpoint.json("generation_config.json")
     begin = _begin(checkpoint)
     prompt = PromptFacts(
         begin=begin,
@@ -305,13 +305,6 @@ def _manifest(
     missing = [token for token in required if token not in ids]
     if missing:
         raise ExportError(f"tokenizer.json has no token {', '.join(map(repr, missing))}")
-    stop_ids: set[int] = {ids[token] for token in facts.turn_ends if token in ids}
-    for source in (checkpoint.config, text, generation):
-        stop = source.get("eos_token_id")
-        listed = stop if isinstance(stop, list) else [] if stop is None else [stop]
-        if not all(type(identifier) is int and identifier >= 0 for identifier in listed):
-            raise ExportError(f"eos_token_id = {stop!r} must be a token id or a list of them")
-        stop_ids.update(listed)
     return Manifest(
         format=FORMAT,
         family=family.name,
@@ -323,7 +316,7 @@ def _manifest(
         requires=facts.requires,
         modalities=("text", *(kind for kind in ("image", "video", "audio") if getattr(facts, kind) is not None)),
         context=min(facts.context or int(text.get("max_position_embeddings", options.context)), options.context),
-        stop_ids=tuple(sorted(stop_ids)),
+        stop_ids=tuple(sorted(stop_ids(checkpoint) | {ids[token] for token in facts.turn_ends if token in ids})),
         files=files,
         image=facts.image,
         video=facts.video,
@@ -331,8 +324,23 @@ def _manifest(
         prompt=prompt,
         reply=facts.reply,
         state=facts.state,
-        sampling=_sampling(generation),
+        sampling=sampling_facts(checkpoint),
     )
+
+
+def _notes(checkpoint: Checkpoint, plan: Plan, options: ExportOptions, context: int) -> list[str]:
+    """What differs from what one may have expected."""
+    notes = []
+    if context < options.context:
+        notes.append(f"the context is {context} tokens, all that the model was made for, and not {options.context}")
+    widened = checkpoint.widened() if plan.keep else {}
+    if widened:
+        kinds = ", ".join(f"{kind} ({count / 1e6:.1f} M weights)" for kind, count in widened.items())
+        notes.append(
+            f"onnxruntime has no blocks like those of {kinds}: they are stored without loss as "
+            f"{plan.dtype.name.lower()}, which is larger and slower; another precision quantises anew"
+        )
+    return notes
 
 
 def _begin(checkpoint: Checkpoint) -> str:
@@ -342,18 +350,6 @@ def _begin(checkpoint: Checkpoint) -> str:
     if not isinstance(begin, str):
         raise ExportError(f"tokenizer_config.json: bos_token {begin!r} is not a token")
     return begin
-
-
-def _sampling(generation: dict[str, Any]) -> SamplingFacts:
-    """Sampling defaults of generation_config.json; a checkpoint that does not sample is greedy."""
-    if not generation.get("do_sample", False):
-        return SamplingFacts(temperature=0.0, top_k=None, top_p=None, min_p=None)
-    return SamplingFacts(
-        temperature=1.0 if generation.get("temperature") is None else generation["temperature"],
-        top_k=generation.get("top_k"),
-        top_p=generation.get("top_p"),
-        min_p=generation.get("min_p"),
-    )
 
 
 def _provenance(

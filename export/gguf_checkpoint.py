@@ -10,11 +10,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf.constants import GGMLQuantizationType
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from ..engine.errors import ExportError
 from ..kernels.quantize import Blocks
@@ -115,6 +116,14 @@ class GgufCheckpoint:
         if not np.isfinite(scales).all():
             raise ExportError(f"{self._file.path}: tensor {stored!r} has scales that are not finite")
         return Blocks(bits, _BLOCK, codes, scales)
+
+    def widened(self) -> dict[str, int]:
+        """Weights of matrices in blocks of other kinds than Q4_0 and Q8_0, by kind."""
+        found: dict[str, int] = {}
+        for tensor in self._file.tensors.values():
+            if GGML_QUANT_SIZES[tensor.kind][0] > 1 and (tensor.kind not in _BLOCKS or len(tensor.shape) != 2):
+                found[tensor.kind.name] = found.get(tensor.kind.name, 0) + prod(tensor.shape)
+        return found
 
     def write_texts(self, folder: Path) -> dict[str, str]:
         """Write the tokenizer.json rebuilt from the vocabulary, or copy the given one, and the chat template."""

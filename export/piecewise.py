@@ -53,10 +53,6 @@ class LazyGraph(GraphBuilder):
         self._ids = ids
         self._readers: dict[str, tuple[tuple[int, ...], Callable[[], Iterable[np.ndarray]]]] = {}
 
-    @property
-    def graph(self) -> ir.Graph:
-        return self._graph
-
     def is_weight(self, value: ir.Value | None) -> bool:
         """Whether `value` is a matrix that is read on demand."""
         return value is not None and value.name in self._readers

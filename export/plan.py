@@ -131,7 +131,10 @@ class Plan:
 
 
 def plan_for(precision: str, target: str) -> Plan:
-    """The plan of a named precision. Raises ExportError for an unknown one and for float16 on the CPU."""
+    """The plan of a named precision.
+
+    Raises ExportError for an unknown one, for float16 on the CPU and for float32 on CUDA.
+    """
     for key, value, allowed in (("precision", precision, PRECISIONS), ("target", target, TARGETS)):
         if value not in allowed:
             raise ExportError(f"{key} {value!r} is not supported (supported: {', '.join(allowed)})")
@@ -139,7 +142,12 @@ def plan_for(precision: str, target: str) -> Plan:
         raise ExportError(
             "precision 'fp16' is for --target cuda: on the CPU float16 is widened when a bundle is loaded"
         )
-    half = target == "cuda" and precision != "fp32"
+    if precision == "fp32" and target == "cuda":
+        raise ExportError(
+            "precision 'fp32' is for --target cpu: CUDA's attention takes float16; fp16 keeps the residual stream and "
+            "norms in float32"
+        )
+    half = target == "cuda"
     bits = {"auto": (4, 8), "fp32": (32, 32), "fp16": (16, 16), "int8": (8, 8), "int4": (4, 8), "keep": (32, 32)}
     measured = {"auto": (4, 8), "int4": (4,)}.get(precision, ())
     return Plan(

@@ -60,6 +60,9 @@ class RandomCheckpoint:
     def blocks(self, name: str) -> Blocks | None:
         return None
 
+    def widened(self) -> dict[str, int]:
+        return {}
+
     def write_texts(self, folder: Path) -> dict[str, str]:
         (folder / "tokenizer.json").write_text(json.dumps(tokenizer(self.config), ensure_ascii=False), encoding="utf-8")
         template = chat_template(self.config)

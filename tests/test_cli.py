@@ -186,6 +186,14 @@ def test_export_then_verify_then_inspect(siglance, tiny_model, tmp_path):
     assert "patches: uint8 [patches, 768]" in siglance("inspect", tmp_path / "bundle")[1]
 
 
+def test_what_an_export_could_not_do_as_asked_is_said_on_stderr(siglance, tiny_model, tmp_path):
+    source = tiny_model("gemma4").checkpoint
+    code, out, err = siglance("export", source, "-o", tmp_path / "bundle", "--context", 9999)
+    assert code == 0
+    assert "note" not in out
+    assert err == "  note: the context is 1024 tokens, all that the model was made for, and not 9999\n"
+
+
 def test_verify_says_wrong_and_exits_with_3(siglance, seeing, tmp_path):
     """Weights that are a little off: the self-test notices, whatever the hashes say."""
     import hashlib
@@ -208,7 +216,11 @@ def test_verify_says_wrong_and_exits_with_3(siglance, seeing, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--bogus"], ["run", "--bogus"], ["run", "--max-tokens", "many"], ["nope"], ["export"]]
+    "arguments",
+    [
+        *(["--bogus"], ["run", "--bogus"], ["run", "--max-tokens", "many"], ["nope"], ["export"]),
+        *(["run", "--feature-cache", ""], ["serve", "--feature-cache", ""], ["export", "x", "-o", ""]),
+    ],
 )
 def test_wrong_use_exits_with_2(siglance, arguments):
     assert siglance(*arguments)[0] == 2

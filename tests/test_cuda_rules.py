@@ -40,10 +40,6 @@ class Outline(GraphBuilder):
     def recorded(self, key: str) -> float:
         return 100.0
 
-    @property
-    def graph(self) -> ir.Graph:
-        return self._graph
-
     def _outlined(self, key: str, shape: Sequence[int], dtype: ir.DataType) -> ir.Value:
         known = self._graph.initializers.get(key)
         if known is not None:

@@ -21,7 +21,7 @@ from siglance.engine.errors import ExportError
 from siglance.engine.manifest import MANIFEST_NAME
 from siglance.engine.runtime import Runtime
 from siglance.engine.self_test import replay
-from siglance.export import builder
+from siglance.export import builder, exporter
 from siglance.export.exporter import export
 from siglance.export.families import ExportOptions, families, find_family
 
@@ -184,6 +184,7 @@ def test_a_tokenizer_without_the_tokens_of_the_prompt(checkpoints, tmp_path):
     [
         (ExportOptions(precision="int3"), "int3"),
         (ExportOptions(precision="fp16"), "--target cuda"),
+        (ExportOptions(precision="fp32", target="cuda"), "precision 'fp32' is for --target cpu"),
         (ExportOptions(target="tpu"), "tpu"),
         (ExportOptions(context=0), "context"),
     ],
@@ -215,8 +216,8 @@ def test_a_tokenizer_that_cannot_be_read(source, tmp_path):
         ("generation_config.json", {"eos_token_id": [1, None]}, "eos_token_id"),
         ("tokenizer_config.json", {"bos_token": {"text": "<bos>"}}, "bos_token"),
         ("tokenizer_config.json", {"bos_token": 2}, "bos_token"),
-        ("generation_config.json", {"do_sample": True, "temperature": "hot"}, "sampling.temperature"),
-        ("generation_config.json", {"do_sample": True, "top_p": 1.5}, "sampling.top_p"),
+        ("generation_config.json", {"do_sample": True, "temperature": "hot"}, "temperature = 'hot'"),
+        ("generation_config.json", {"do_sample": True, "top_p": 1.5}, "top_p = 1.5"),
     ],
 )
 def test_facts_of_the_wrong_type_are_named(checkpoints, tmp_path, file, values, named):
@@ -224,6 +225,17 @@ def test_facts_of_the_wrong_type_are_named(checkpoints, tmp_path, file, values, 
     shutil.copytree(checkpoints / "gemma3", source)
     change_json(source / file, **values)
     assert named in refused(source, tmp_path)
+
+
+@pytest.mark.parametrize("key", ["temperature", "top_k", "top_p", "min_p"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 10**400])
+def test_sampling_that_is_not_finite_is_refused_before_a_weight_is_read(checkpoints, tmp_path, key, value):
+    """json.loads takes NaN and Infinity; the manifest does not, and would say so when all weights are written."""
+    source = tmp_path / "source"
+    shutil.copytree(checkpoints / "gemma3", source)
+    (source / "model.safetensors").write_bytes(b"not even a header")
+    change_json(source / "generation_config.json", **{"do_sample": True, key: value})
+    assert f"generation_config.json: {key} = " in refused(source, tmp_path)
 
 
 def test_weights_that_give_no_numbers(checkpoints, tmp_path):
@@ -266,6 +278,56 @@ def test_an_output_that_is_a_link_to_nowhere_is_left_alone(source, tmp_path):
     with pytest.raises(ExportError, match="exists already"):
         export(source, tmp_path / "link")
     assert (tmp_path / "link").is_symlink()
+
+
+def test_an_empty_folder_stays_the_folder_it_is(source, tmp_path):
+    """Somebody has made it, with their rights; it may be the place of a mounted disk."""
+    place = tmp_path / "mine"
+    place.mkdir(mode=0o750)
+    before = place.stat()
+    export(source, place)
+    assert (place.stat().st_ino, place.stat().st_mode) == (before.st_ino, before.st_mode)
+    bundle = Bundle.open(place)
+    assert bundle.manifest.name == "mine"
+    assert {path.name for path in place.iterdir()} == {
+        MANIFEST_NAME,
+        *(fact.path for fact in bundle.manifest.files.values()),
+    }
+
+
+def test_an_empty_folder_is_empty_again_after_a_failure(source, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (source / "tokenizer.json").unlink()
+    with pytest.raises(ExportError):
+        export(source, tmp_path / "mine")
+    assert list((tmp_path / "mine").iterdir()) == []
+
+
+def test_files_that_come_into_an_empty_folder_meanwhile_are_left_alone(source, tmp_path):
+    place = tmp_path / "mine"
+    place.mkdir()
+
+    def interfere(stage: str) -> None:
+        if stage == "self-test":
+            (place / "tokenizer.json").write_text("precious")
+
+    with pytest.raises(ExportError, match=r"somebody else has put tokenizer\.json"):
+        export(source, place, progress=interfere)
+    assert [path.name for path in place.iterdir()] == ["tokenizer.json"]
+    assert (place / "tokenizer.json").read_text() == "precious"
+
+
+def test_the_working_directory_as_output_gives_the_bundle_its_name(source, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    export(source, Path())
+    assert Bundle.open(Path()).manifest.name == "here"
+
+
+def test_a_graph_that_cuda_cannot_run_is_not_written(checkpoints, tmp_path, monkeypatch):
+    monkeypatch.setattr(exporter, "broken_rules", lambda graph: ["a: one", "b: two", "c: three", "d: four"])
+    message = refused(checkpoints / "gemma3", tmp_path, ExportOptions(precision="fp16", target="cuda"))
+    assert "the graph 'decoder' does not suit --target cuda: a: one; b: two; c: three and 1 more" in message
 
 
 def test_an_existing_output_is_left_alone(source, tmp_path):
@@ -397,11 +459,15 @@ def test_the_template_may_stand_in_the_tokenizer_configuration(checkpoints, tmp_
 
 
 def test_context_is_the_smaller_of_what_is_asked_and_what_the_model_has(checkpoints, tmp_path):
+    """As in llama.cpp it is not an error, and not silent either."""
     for asked, expected in ((32, 32), (10**6, None)):
-        export(checkpoints / "gemma3", tmp_path / str(asked), ExportOptions(context=asked))
+        report = export(checkpoints / "gemma3", tmp_path / str(asked), ExportOptions(context=asked))
         found = Bundle.open(tmp_path / str(asked)).manifest.context
         trained = json.loads((checkpoints / "gemma3" / "config.json").read_text())["max_position_embeddings"]
         assert found == (expected or trained)
+        said = f"the context is {trained} tokens, all that the model was made for, and not 1000000"
+        assert report.notes == (() if expected else (said,))
+        assert json.loads((tmp_path / str(asked) / "export.json").read_text())["notes"] == list(report.notes)
 
 
 def test_weights_lie_outside_of_the_graphs_whatever_their_size(source, tmp_path):

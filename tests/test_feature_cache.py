@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from siglance.engine.engine import Engine
 from siglance.engine.errors import InputError
 from siglance.engine.feature_cache import FeatureCache, FeatureFolder, content_key
 from siglance.kernels.patches import Patches, patchify
@@ -239,6 +240,11 @@ def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "features").write_text("a file")
     with pytest.raises(InputError, match=r"feature_cache_dir .*features' cannot be used"):
         folder(tmp_path)
+
+
+def test_an_empty_path_is_not_the_working_directory():
+    with pytest.raises(InputError, match="feature_cache_dir is empty"):
+        Engine.open("demo", feature_cache_dir="")
 
 
 def test_threads_and_processes_share_a_folder(tmp_path):

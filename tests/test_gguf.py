@@ -538,3 +538,16 @@ def test_kept_blocks_give_the_logits_of_the_dequantised_model(folder, tmp_path):
     assert np.abs(ours - theirs).max() < 0.1 * np.abs(theirs).max()
     assert kept.path("weights").stat().st_size < 0.45 * plain.path("weights").stat().st_size
     assert tensors_of(folder)  # the source is there and was not touched
+
+
+def test_blocks_that_onnxruntime_does_not_have_are_named_in_the_report(folder, tmp_path):
+    """Their values are kept, as numbers of 4 bytes: who expects the size of the file should know."""
+    path = write_gguf(folder, tmp_path / "a.gguf", {"token_embd": Q8_0, "ffn_down": Q5_0})
+    report = export(path, tmp_path / "kept", ExportOptions(context=512))
+    [note] = report.notes
+    weights = sum(value.size for name, value in tensors_of(folder).items() if "down_proj" in name)
+    assert (
+        f"no blocks like those of Q5_0 ({weights / 1e6:.1f} M weights): they are stored without loss as float" in note
+    )
+    assert report.graphs["decoder"]["dtypes"]["float"] > 4 * weights
+    assert export(path, tmp_path / "int8", ExportOptions(precision="int8", context=512)).notes == ()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -283,3 +284,33 @@ def test_the_cache_is_only_read(hub, tmp_path):
     assert checkpoint.folder is not None
     with pytest.raises(ExportError, match="inside the checkpoint's folder"):
         export(NAME, Path(checkpoint.folder) / "bundle")
+
+
+def test_a_snapshot_named_by_its_path_is_the_repository_at_its_commit(hub, folder, tmp_path, monkeypatch):
+    """Its own name is a hash, and so is the name of the blob that its files are links to."""
+    hub.files["q/tiny.gguf"] = write_gguf(folder, tmp_path / "tiny.gguf").read_bytes()
+    checkpoint = open_source(NAME)
+    checkpoint.names()
+    gguf = open_source(f"{NAME}/q/tiny.gguf")
+    hub.close()
+    place = checkpoint.folder
+    assert place is not None
+    for found, name in (
+        (open_source(place), NAME),
+        (open_source(f"{place}/"), NAME),
+        (open_source(place / "q" / "tiny.gguf"), f"{NAME}/q/tiny.gguf"),
+    ):
+        assert (found.source, found.revision) == (name, COMMIT)
+    assert gguf.source == f"{NAME}/q/tiny.gguf"
+    monkeypatch.chdir(place)
+    assert open_source(".").source == NAME
+    export(place, tmp_path / "bundle", FP32)
+    export(place / "q" / "tiny.gguf", tmp_path / "q4", ExportOptions(precision="int8"))
+    assert Bundle.open(tmp_path / "q4").manifest.revision == COMMIT
+
+
+@pytest.mark.parametrize("path", ["models--a--b/main", "datasets--a--b/snapshots/" + "a" * 40, "snapshots/" + "a" * 40])
+def test_a_folder_that_is_no_snapshot_keeps_its_name(folder, tmp_path, path):
+    shutil.copytree(folder, tmp_path / path)
+    found = open_source(tmp_path / path)
+    assert (found.source, found.revision) == (Path(path).name, None)

@@ -30,13 +30,14 @@ class SiglanceExportCommand(BaseOptimumCLICommand):
         required.add_argument(
             "-m", "--model", required=True, help="A checkpoint: a folder, a GGUF file or an id on the Hugging Face hub."
         )
-        required.add_argument("output", type=Path, help="The new bundle folder.")
+        required.add_argument("output", type=Path, help="The bundle folder, new or empty.")
         optional = parser.add_argument_group("Optional arguments")
         optional.add_argument("--precision", help="As `siglance export --precision`; see its help for the default.")
         optional.add_argument("--target", default="cpu", help="cpu or cuda.")
         optional.add_argument("--context", type=int, default=32768, help="Most tokens of prompt and reply together.")
         optional.add_argument("--tokenizer", type=Path, help="A tokenizer.json to use instead of the checkpoint's.")
         optional.add_argument("--revision", help="Branch, tag or commit of a hub id.")
+        optional.add_argument("--accept-loss", action="store_true", help="Also if little is left of the model.")
 
     def run(self) -> None:
         from siglance.engine.cli import export  # pyright: ignore[reportMissingImports]
@@ -52,6 +53,7 @@ class SiglanceExportCommand(BaseOptimumCLICommand):
                 context=options.context,
                 tokenizer=options.tokenizer,
                 revision=options.revision,
+                accept_loss=options.accept_loss,
             )
         except SiglanceError as error:
             raise SystemExit(f"siglance: {' '.join(str(error).split())}") from None

@@ -138,7 +138,7 @@ class Bench:
         patch.setattr(exporter, "in_child", in_process)
         patch.setattr(Weights, "check_all_used", lambda self: None)  # the other graphs use the rest
         folder = self.folder / f"bundle-{next(self._numbers)}"
-        exporter.export(source, folder, options)
+        exporter.export(source, folder, options or ExportOptions(precision="fp32"))
         return Bundle.open(folder)
 
     # --- the reference
