@@ -1,7 +1,7 @@
 """Run siglance bundles: `Engine.open("demo").generate(["street.jpg", "detect red circle"])`."""
 
 # The first import: it must come before that of onnxruntime.
-from . import preparation as preparation  # isort: skip
+from . import ort_environment as ort_environment  # isort: skip
 from . import errors
 from .boxes import Box
 from .bundle import Bundle

@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING
 
 from .calls import ToolChoice
 from .decoding import Rules, make_rules
+from .encoder_inputs import EncoderInput, PreparedPrompt
 from .encoding import encoded_picture, encoded_sound
 from .errors import InputError, PromptError
 from .grammar import Grammar
 from .parts import PartLike, Turn, Words
 from .prefix_cache import Pin
-from .reading import Layout, ReadTurn
+from .preprocessing import PromptOptions, ReadTurn
 from .reply import Chunk, EncodedImage, EncodedSound, EncodedVideo, StageClock, whole_reply
 from .reuse import Reuse
 from .sampling import Sampling
-from .seeing import SeenPrompt, SeenView
 from .sounds import PreparedSound
 from .tools import ToolLike, ToolResult
 
@@ -55,7 +55,7 @@ class Chat:
         cache: bool = True,
     ):
         """See `Engine.chat`."""
-        if not engine._reader.has_roles:
+        if not engine._preprocessor.has_roles:
             raise PromptError("a chat needs a chat template with roles, which this bundle does not have")
         self.system = system
         self.image_tokens = image_tokens
@@ -141,22 +141,22 @@ class Chat:
         engine, pin = self._engine, Pin()
         reuse = dataclasses.replace(engine._reuse, pin=pin) if self._cache else engine._reuse.off()
         conversation = [*self._turns, _turn_of(parts)]
-        turns = engine._reader.read(conversation, clock, self.system, image_tokens, known=reuse.files)
-        layout = Layout(tools=rules.calls.tools, thinking=rules.thinking)
-        asked = engine._see(turns, clock, reuse, layout)
-        for chunk in engine._answer(asked, rules, clock, reuse):
+        turns = engine._preprocessor.read(conversation, clock, self.system, image_tokens, known=reuse.files)
+        options = PromptOptions(tools=rules.calls.tools, thinking=rules.thinking)
+        prepared = engine._prepare(turns, clock, reuse, options)
+        for chunk in engine._answer(prepared, rules, clock, reuse):
             if chunk.reply is not None:
-                said = self._settled(turns[-1], asked, clock, reuse)
+                said = self._settled(turns[-1], prepared, clock, reuse)
                 self._turns += (said, Turn.of(chunk.reply))
                 self._pin = pin
             yield chunk
 
-    def _settled(self, turn: ReadTurn, asked: SeenPrompt, clock: StageClock, reuse: Reuse) -> Turn:
+    def _settled(self, turn: ReadTurn, prepared: PreparedPrompt, clock: StageClock, reuse: Reuse) -> Turn:
         """The turn as it stays in the history: without files, its media encoded."""
-        views: list[list[SeenView]] = [[] for _ in asked.media]
-        for span, view in zip(asked.prompt.spans, asked.views, strict=True):
+        views: list[list[EncoderInput]] = [[] for _ in prepared.media]
+        for span, view in zip(prepared.prompt.spans, prepared.views, strict=True):
             views[span.media_index].append(view)
-        media = {id(medium): seen for medium, seen in zip(asked.media, views, strict=True)}
+        media = {id(medium): seen for medium, seen in zip(prepared.media, views, strict=True)}
         role, parts = turn
         settled: list[Words | EncodedImage | EncodedVideo | EncodedSound] = []
         for part in parts:

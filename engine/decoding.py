@@ -14,16 +14,16 @@ from tokenizers import Tokenizer
 
 from .boxes import Boxes
 from .calls import CallRules, ToolChoice, make_call_rules
+from .encoder_inputs import PreparedPrompt
 from .errors import InputError, SamplingError
 from .grammar import Constraint, Constraints, Grammar
 from .guide import Guide
 from .logprobs import MAX_LOGPROBS, Logprob, logprob
 from .manifest import Manifest
-from .reading import count_by_modality
+from .preprocessing import count_by_modality
 from .reply import Candidate, Chunk, Reply, StageClock, Usage
 from .runtime import Runtime
 from .sampling import Effective, Sampler, Sampling, check_token_ids, resolve
-from .seeing import SeenPrompt
 from .text import check_stop
 from .thinking import Markers, Piece, ReplyParts
 from .tools import ToolLike
@@ -242,18 +242,23 @@ class Decoding:
 
 
 def make_reply(
-    candidates: Sequence[Candidate], asked: SeenPrompt, rules: Rules, clock: StageClock, cached: int, runtime: Runtime
+    candidates: Sequence[Candidate],
+    prepared: PreparedPrompt,
+    rules: Rules,
+    clock: StageClock,
+    cached: int,
+    runtime: Runtime,
 ) -> Reply:
     """The whole reply to a prompt of which `cached` tokens were in a state that an earlier request had left."""
     return Reply(
         candidates=tuple(candidates),
-        prompt_token_ids=tuple(asked.prompt.ids.tolist()),
+        prompt_token_ids=tuple(prepared.prompt.ids.tolist()),
         usage=Usage(
-            prompt_tokens=len(asked.prompt.ids),
+            prompt_tokens=len(prepared.prompt.ids),
             completion_tokens=sum(len(candidate.token_ids) for candidate in candidates),
             forced_tokens=sum(candidate.forced_tokens for candidate in candidates),
             thought_tokens=sum(candidate.thought_tokens for candidate in candidates),
-            by_modality=count_by_modality(asked.prompt, asked.media),
+            by_modality=count_by_modality(prepared.prompt, prepared.media),
             cached_tokens=cached,
         ),
         timings=clock.timings(),

@@ -1,4 +1,4 @@
-"""Views and clips -> soft tokens, by the graphs that see and hear, or from the cache."""
+"""Views and clips -> soft tokens, by the vision and audio graphs or from the cache."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .encoder_inputs import EncoderInput, audio_input, image_input
 from .errors import InputError
 from .manifest import Manifest
 from .parts import Audio, AudioInput, ImageInput, NormalPart, Words, turns_of
 from .pictures import PreparedPicture
-from .reading import Prepared, tower_identity
+from .preprocessing import Prepared, tower_identity
 from .reply import EncodedImage, EncodedSound, EncodedVideo, StageClock
 from .reuse import Reuse
 from .runtime import Runtime
-from .seeing import SeenView, hear, see
 from .sounds import PreparedSound
 
 if TYPE_CHECKING:
@@ -33,31 +33,31 @@ def encode_source(
     if isinstance(part, Words):
         raise InputError("encode takes a picture or a sound, not text")
     clock, reuse, manifest = StageClock(), engine._reuse, engine.manifest
-    medium = _sole_medium(part, engine._reader.read_media(part, clock, image_tokens, known=reuse.files))
+    medium = _sole_medium(part, engine._preprocessor.read_media(part, clock, image_tokens, known=reuse.files))
     if isinstance(medium, PreparedSound):
-        view = hear(medium, clock, reuse.files)
+        view = audio_input(medium, clock, reuse.files)
         return encoded_sound(manifest, medium, view, engine._encode(view, clock, reuse))
-    view = see(medium, 0, manifest.image, clock, reuse.files)
+    view = image_input(medium, 0, manifest.image, clock, reuse.files)
     return _encoded_image(manifest, medium, view, engine._encode(view, clock, reuse))
 
 
-def encode_view(runtime: Runtime, turn: Lock, view: SeenView, clock: StageClock, reuse: Reuse) -> np.ndarray:
+def encode_view(runtime: Runtime, turn: Lock, view: EncoderInput, clock: StageClock, reuse: Reuse) -> np.ndarray:
     """Soft tokens of a view or clip, float32 [length, D]. `turn` is held while a graph runs."""
     if view.soft_tokens is not None:
         return view.soft_tokens
-    stage = "audio" if view.look is None else "vision"
+    stage = "audio" if view.patches is None else "vision"
     with clock.stage(stage):
         known = reuse.features.get(view.content, (view.length, runtime.hidden))
     if known is not None:
         return view.resolve(known)
-    if view.look is not None:
-        patches = view.look()
+    if view.patches is not None:
+        patches = view.patches()
         with clock.stage(stage), turn:
             clock.check()
             values = runtime.encode(patches.values, patches.positions, view.length)
     else:
-        assert view.listen is not None
-        samples = view.listen()
+        assert view.waveform is not None
+        samples = view.waveform()
         with clock.stage(stage), turn:
             clock.check()
             values = runtime.hear(samples, view.length)
@@ -66,7 +66,9 @@ def encode_view(runtime: Runtime, turn: Lock, view: SeenView, clock: StageClock,
     return view.resolve(values)
 
 
-def _encoded_image(manifest: Manifest, picture: PreparedPicture, view: SeenView, values: np.ndarray) -> EncodedImage:
+def _encoded_image(
+    manifest: Manifest, picture: PreparedPicture, view: EncoderInput, values: np.ndarray
+) -> EncodedImage:
     """A picture whose soft tokens are `values`, as callers keep it."""
     if isinstance(picture.encoded, EncodedImage):
         return picture.encoded
@@ -74,7 +76,7 @@ def _encoded_image(manifest: Manifest, picture: PreparedPicture, view: SeenView,
 
 
 def encoded_picture(
-    manifest: Manifest, picture: PreparedPicture, views: Sequence[SeenView], values: Sequence[np.ndarray]
+    manifest: Manifest, picture: PreparedPicture, views: Sequence[EncoderInput], values: Sequence[np.ndarray]
 ) -> EncodedImage | EncodedVideo:
     """A picture or video whose views have the soft tokens `values`, as callers keep it."""
     if isinstance(picture.encoded, EncodedVideo):
@@ -83,7 +85,7 @@ def encoded_picture(
     return EncodedVideo(encoded, picture.times) if picture.times else encoded[0]
 
 
-def encoded_sound(manifest: Manifest, sound: PreparedSound, view: SeenView, values: np.ndarray) -> EncodedSound:
+def encoded_sound(manifest: Manifest, sound: PreparedSound, view: EncoderInput, values: np.ndarray) -> EncodedSound:
     """A clip whose soft tokens are `values`, as callers keep it."""
     return sound.encoded or EncodedSound(values, sound.seconds, tower_identity(manifest), view.content)
 

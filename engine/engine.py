@@ -20,19 +20,19 @@ from .bundle import Bundle
 from .calls import ToolChoice
 from .chat import Chat
 from .decoding import Decoding, Rules, check_positive, make_reply, make_rules
+from .encoder_inputs import EncoderInput, PreparedPrompt, prepare_prompt
 from .encoding import encode_source, encode_view
 from .errors import InputError
 from .grammar import Constraints, Grammar
 from .limits import DEFAULT_LIMITS, Limits
 from .parts import AudioInput, Conversation, ImageInput
+from .prefill_plan import PrefillPlan, find_boundaries
+from .preprocessing import Preprocessor, PromptOptions, ReadTurn, count_by_modality, text_ids
 from .processes import OwnProcess
-from .reading import Layout, Reader, ReadTurn, count_by_modality, text_ids
 from .reply import Candidate, Chunk, EncodedImage, EncodedSound, StageClock, whole_reply
-from .rests import Course, find_rests
 from .reuse import CACHE_BYTES, FEATURE_CACHE_BYTES, FEATURE_FOLDER_BYTES, Reuse
 from .runtime import PREFILL_CHUNK, Runtime, Session, SoftTokens
 from .sampling import Sampling
-from .seeing import SeenPrompt, SeenView, see_all
 from .self_test import VerifyReport, replay
 from .text import load_tokenizer, special_ids
 from .thinking import Markers, control_tokens
@@ -89,7 +89,7 @@ class Engine:
         self._markers = Markers.read(self._tokenizer, facts)
         # Ids that are not text. Read once: a large tokenizer has thousands of added tokens.
         self._hidden = special_ids(self._tokenizer) | set(self.manifest.stop_ids)
-        self._reader = Reader(bundle, self._tokenizer, limits)
+        self._preprocessor = Preprocessor(bundle, self._tokenizer, limits)
         self._reuse = Reuse.open(
             self.manifest,
             cache_bytes=cache_bytes,
@@ -144,8 +144,6 @@ class Engine:
         if self._runtime is None:
             raise InputError("this engine is closed")
         return self._runtime
-
-    # --- what callers use
 
     def stream(
         self,
@@ -237,10 +235,10 @@ class Engine:
         )
         check_positive("prefill_chunk", prefill_chunk)
         reuse = self._reuse if cache else self._reuse.off()
-        turns = self._reader.read(conversation, clock, system, image_tokens, pan_and_scan, reuse.files)
-        layout = Layout(raw=raw, prompt_ids=prompt_ids, tools=rules.calls.tools, thinking=thinking)
-        asked = self._see(turns, clock, reuse, layout)
-        yield from self._answer(asked, rules, clock, reuse, prefill_chunk)
+        turns = self._preprocessor.read(conversation, clock, system, image_tokens, pan_and_scan, reuse.files)
+        options = PromptOptions(raw=raw, prompt_ids=prompt_ids, tools=rules.calls.tools, thinking=thinking)
+        prepared = self._prepare(turns, clock, reuse, options)
+        yield from self._answer(prepared, rules, clock, reuse, prefill_chunk)
 
     generate = whole_reply(stream)
 
@@ -296,9 +294,9 @@ class Engine:
     ) -> dict[str, int]:
         """Prompt tokens by modality and in "total", without running a graph; also of a prompt that is too long."""
         files = self._reuse.files
-        turns = self._reader.read(conversation, StageClock(), system, image_tokens, pan_and_scan, files)
-        layout = Layout(raw=raw, tools=tools, thinking=thinking)
-        media, prompt = self._reader.prompt(turns, layout, to_count=True)
+        turns = self._preprocessor.read(conversation, StageClock(), system, image_tokens, pan_and_scan, files)
+        options = PromptOptions(raw=raw, tools=tools, thinking=thinking)
+        media, prompt = self._preprocessor.prompt(turns, options, to_count=True)
         return {"total": len(prompt.ids), **count_by_modality(prompt, media)}
 
     def prompt_logits(
@@ -315,38 +313,39 @@ class Engine:
     ) -> np.ndarray:
         """Logits of every row of the prompt, float32 [prompt tokens, vocabulary]."""
         clock = StageClock()
-        turns = self._reader.read(conversation, clock, system, image_tokens, pan_and_scan, self._reuse.files)
-        layout = Layout(raw=raw, prompt_ids=prompt_ids, tools=tools, thinking=thinking)
-        asked = self._see(turns, clock, self._reuse, layout)
-        soft = self._soft_tokens(asked, clock, self._reuse)
+        turns = self._preprocessor.read(conversation, clock, system, image_tokens, pan_and_scan, self._reuse.files)
+        options = PromptOptions(raw=raw, prompt_ids=prompt_ids, tools=tools, thinking=thinking)
+        prepared = self._prepare(turns, clock, self._reuse, options)
+        soft = self._soft_tokens(prepared, clock, self._reuse)
         with self._turn:
-            return self.runtime.session().prompt_logits(asked.prompt.ids, soft)
+            return self.runtime.session().prompt_logits(prepared.prompt.ids, soft)
 
     def verify(self) -> VerifyReport:
         """Replay the bundle's self-test on this engine's device."""
         with self._turn:
             return replay(self.bundle, self.runtime)
 
-    # --- the path
-
-    def _see(self, turns: Sequence[ReadTurn], clock: StageClock, reuse: Reuse, layout: Layout) -> SeenPrompt:
+    def _prepare(
+        self, turns: list[ReadTurn], clock: StageClock, reuse: Reuse, options: PromptOptions
+    ) -> PreparedPrompt:
         """Lay out the prompt, then look at its pictures: nothing is drawn or resized for a prompt that is refused."""
-        media, prompt = self._reader.prompt(turns, layout)
-        return see_all(prompt, media, self.manifest.image, clock, reuse.files)
+        media, prompt = self._preprocessor.prompt(turns, options)
+        return prepare_prompt(prompt, media, self.manifest.image, clock, reuse.files)
 
     def _answer(
-        self, asked: SeenPrompt, rules: Rules, clock: StageClock, reuse: Reuse, prefill_chunk: int = PREFILL_CHUNK
+        self, prepared: PreparedPrompt, rules: Rules, clock: StageClock, reuse: Reuse, chunk: int = PREFILL_CHUNK
     ) -> Generator[Chunk, None, None]:
-        """Answer a prompt."""
+        """Answer a prompt, of which at most `chunk` tokens run at once."""
         session = self.runtime.session()
-        rests = find_rests(asked.prompt.ids, asked.soft_runs, self._hidden, self.manifest.stop_ids)
-        course = reuse.course(session, asked, rests, prefill_chunk)
+        boundaries = find_boundaries(prepared.prompt.ids, prepared.soft_runs, self._hidden, self.manifest.stop_ids)
+        plan = reuse.plan(session, prepared, boundaries, chunk)
         with clock.stage("prefill"):
-            logits = reuse.restore(session, course)
+            logits = reuse.restore(session, plan)
             cached = session.length
         if logits is None:
-            logits = self._prefill(session, asked, course, clock, reuse, prefill_chunk)
+            logits = self._prefill(session, prepared, plan, clock, reuse, chunk)
         snapshot = session.snapshot() if rules.candidates > 1 else None
+        sizes = [picture.size for picture in prepared.pictures]
         finished: list[Candidate] = []
         last = Chunk("")
         for index in range(rules.candidates):
@@ -361,48 +360,48 @@ class Engine:
                 tokenizer=self._tokenizer,
                 markers=self._markers,
                 hidden_ids=self._hidden,
-                prompt_ids=asked.prompt.ids,
-                penalised_ids=text_ids(asked.prompt, self.runtime.vocabulary),
+                prompt_ids=prepared.prompt.ids,
+                penalised_ids=text_ids(prepared.prompt, self.runtime.vocabulary),
                 context=self.manifest.context,
                 clock=clock,
             )
             candidate, last = yield from decoding.run(
                 logits,
                 session.length,
-                partial(self._extend, session, prefill_chunk, clock),
-                lambda text: parse_boxes(text, self.manifest.reply.boxes, [picture.size for picture in asked.pictures]),
+                partial(self._extend, session, chunk, clock),
+                lambda text: parse_boxes(text, self.manifest.reply.boxes, sizes),
             )
             if not index:
-                reuse.keep_reply(session, course, candidate.token_ids)
+                reuse.keep_reply(session, plan, candidate.token_ids)
             finished.append(candidate)
-        whole = make_reply(finished, asked, rules, clock, cached, self.runtime)
+        whole = make_reply(finished, prepared, rules, clock, cached, self.runtime)
         yield dataclasses.replace(last, reply=whole)
 
-    def _encode(self, view: SeenView, clock: StageClock, reuse: Reuse) -> np.ndarray:
+    def _encode(self, view: EncoderInput, clock: StageClock, reuse: Reuse) -> np.ndarray:
         """Soft tokens of a view or clip, float32 [length, D]."""
         return encode_view(self.runtime, self._turn, view, clock, reuse)
 
-    def _soft_tokens(self, asked: SeenPrompt, clock: StageClock, reuse: Reuse, first: int = 0) -> list[SoftTokens]:
-        """The soft tokens of the prompt that row `first` or later ones belong to."""
-        spans = zip(asked.prompt.spans, asked.views, strict=True)
-        wanted = [(span, view) for span, view in spans if span.start + span.length > first]
+    def _soft_tokens(self, prepared: PreparedPrompt, clock: StageClock, reuse: Reuse, row: int = 0) -> list[SoftTokens]:
+        """The soft tokens that the prompt from `row` on needs."""
+        spans = zip(prepared.prompt.spans, prepared.views, strict=True)
+        wanted = [(span, view) for span, view in spans if span.start + span.length > row]
         return [
             SoftTokens(span.start, self._encode(view, clock, reuse), seen=span.kind != "audio") for span, view in wanted
         ]
 
     def _prefill(
-        self, session: Session, asked: SeenPrompt, course: Course, clock: StageClock, reuse: Reuse, chunk: int
+        self, session: Session, prepared: PreparedPrompt, plan: PrefillPlan, clock: StageClock, reuse: Reuse, chunk: int
     ) -> np.ndarray:
         """Bring the session, which may hold a beginning of the prompt, to its end; returns the logits there."""
-        soft = self._soft_tokens(asked, clock, reuse, session.length)
+        soft = self._soft_tokens(prepared, clock, reuse, session.length)
         logits = np.empty(0, np.float32)
-        for stop in course.stops:
+        for stop in plan.stops:
             if stop > session.length:
                 with clock.stage("prefill"):
-                    runs = session.prefill_chunks(asked.prompt.ids[:stop], soft, chunk=chunk, first=session.length)
+                    runs = session.prefill_chunks(prepared.prompt.ids[:stop], soft, chunk=chunk, first=session.length)
                     while session.length < stop:
                         logits = self._run(partial(next, runs), clock)
-                    reuse.keep(session, course, logits)
+                    reuse.keep(session, plan, logits)
         return logits
 
     def _extend(self, session: Session, chunk: int, clock: StageClock, tokens: Sequence[int]) -> np.ndarray:

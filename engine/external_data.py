@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from .errors import BundleError
-from .wire import fields
+from .protobuf import fields
 
 __all__ = ["external_files"]
 

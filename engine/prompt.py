@@ -29,7 +29,6 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from .abilities import Abilities
 from .errors import BundleError, PromptError
 from .manifest import PanAndScanFacts, PromptFacts, ReplyFacts
 from .messages import (
@@ -46,6 +45,7 @@ from .messages import (
     template_messages,
 )
 from .template import ChatTemplate
+from .template_capabilities import TemplateCapabilities
 from .tools import Tool, strings, swapped
 
 __all__ = ["Media", "Message", "Part", "Prompt", "PromptBuilder", "Span", "Text", "Thought", "sole_turn"]
@@ -98,7 +98,7 @@ class PromptBuilder:
         self._pan_and_scan = pan_and_scan
         self._template = template
         reply = ReplyFacts(boxes="none", thought=None, tool_call=None) if reply is None else reply
-        self._abilities = None if template is None else Abilities(template, facts.begin, reply)
+        self._capabilities = None if template is None else TemplateCapabilities(template, facts.begin, reply)
         self._control = {
             token.content: id for id, token in tokenizer.get_added_tokens_decoder().items() if token.special
         }
@@ -195,23 +195,23 @@ class PromptBuilder:
 
     def _variables(self, turns: Sequence[MessageTurn], tools: Sequence[Tool], thinking: bool) -> dict[str, Any]:
         """What the template reads beside the messages. Raises PromptError for what this bundle does not have."""
-        if self._abilities is None:
+        if self._capabilities is None:
             if tools or thinking:
                 raise PromptError(f"{'tools' if tools else 'thinking'}: this bundle has no chat template")
             return {}
         if tools or any(turn.calls for turn in turns):
-            self._abilities.require_tools()
+            self._capabilities.require_tools()
         if thinking:
-            self._abilities.require_thinking()
+            self._capabilities.require_thinking()
         declared = {"tools": [tool.declaration() for tool in tools]} if tools else {}
         return declared | ({"enable_thinking": True} if thinking else {})
 
     def _render(self, turns: list[MessageTurn], guard: _Guard, variables: dict[str, Any]) -> str:
         variables = swapped(variables, guard.swap)
-        assert self._abilities is not None
+        assert self._capabilities is not None
         calls = any(turn.calls for turn in turns)
-        attach = calls and self._abilities.attaches_results
-        between = self._abilities.before_calls if calls else ""
+        attach = calls and self._capabilities.attaches_results
+        between = self._capabilities.before_calls if calls else ""
         mark = guard.mark if any(token in between for token in self._control) else ""
 
         def render(turns: Sequence[MessageTurn]) -> str:

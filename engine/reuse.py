@@ -9,15 +9,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .encoder_inputs import PreparedPrompt
 from .errors import InputError
 from .feature_cache import FeatureCache, FeatureFolder
 from .known_files import NOTHING_KNOWN, KnownFiles
 from .manifest import Manifest
+from .prefill_plan import Boundaries, PrefillPlan
 from .prefix_cache import Pin, PrefixCache
-from .reading import tower_identity
-from .rests import Course, Rests
+from .preprocessing import tower_identity
 from .runtime import Session
-from .seeing import SeenPrompt
 
 __all__ = ["CACHE_BYTES", "FEATURE_CACHE_BYTES", "FEATURE_FOLDER_BYTES", "Reuse"]
 
@@ -77,39 +77,39 @@ class Reuse:
         """For a request that neither takes nor leaves anything."""
         return dataclasses.replace(self, prefixes=PrefixCache(0), features=FeatureCache(0), files=NOTHING_KNOWN)
 
-    def course(self, session: Session, asked: SeenPrompt, rests: Rests, chunk: int) -> Course:
+    def plan(self, session: Session, prepared: PreparedPrompt, boundaries: Boundaries, chunk: int) -> PrefillPlan:
         """How to run a prompt, at most `chunk` rows at once. With and without caches it is the same in exact reuse."""
-        length = len(asked.prompt.ids)
+        length = len(prepared.prompt.ids)
         evicts = session.evicts(length)
         if self.exact:
-            stops = session.run_ends([*rests.all, length], asked.seen_runs, chunk)
+            stops = session.run_ends([*boundaries.all, length], prepared.seen_runs, chunk)
         else:
             # Without eviction any beginning can be cut out of the state at the end.
-            stops = [*(rests.shared if evicts and self.prefixes.max_bytes else []), length]
-        kept = {*(rests.shared if evicts else []), length}
-        return Course(asked.row_keys(), tuple(stops), frozenset(kept))
+            stops = [*(boundaries.shared if evicts and self.prefixes.max_bytes else []), length]
+        kept = {*(boundaries.shared if evicts else []), length}
+        return PrefillPlan(prepared.row_keys(), tuple(stops), frozenset(kept))
 
-    def restore(self, session: Session, course: Course) -> np.ndarray | None:
+    def restore(self, session: Session, plan: PrefillPlan) -> np.ndarray | None:
         """Bring an empty session as far into a prompt as possible; the logits behind it if that is all of it."""
-        match = self.prefixes.find(course.keys, course.stops if self.exact else None)
+        match = self.prefixes.find(plan.keys, plan.stops if self.exact else None)
         if match is None:
             return None
         session.restore(match.snapshot, match.length)
         return match.logits
 
-    def keep(self, session: Session, course: Course, logits: np.ndarray) -> None:
-        """Keep the state of a session that has come to a stop of its course, if it is one to keep it at."""
-        if self.prefixes.max_bytes and session.length in course.kept:
-            stops = [stop for stop in course.stops if stop <= session.length] if self.exact else None
+    def keep(self, session: Session, plan: PrefillPlan, logits: np.ndarray) -> None:
+        """Keep the state of a session that has come to a stop of its plan, if it is one to keep it at."""
+        if self.prefixes.max_bytes and session.length in plan.kept:
+            stops = [stop for stop in plan.stops if stop <= session.length] if self.exact else None
             snapshot = session.snapshot()
-            last = logits if session.length == course.stops[-1] else None
-            self.prefixes.add(course.keys, snapshot, self.pin, stops=stops, logits=last)
+            last = logits if session.length == plan.stops[-1] else None
+            self.prefixes.add(plan.keys, snapshot, self.pin, stops=stops, logits=last)
 
-    def keep_reply(self, session: Session, course: Course, ids: Sequence[int]) -> None:
+    def keep_reply(self, session: Session, plan: PrefillPlan, ids: Sequence[int]) -> None:
         """Keep the state behind a reply of these ids, of which the last may not have run."""
         # Tokens that run one by one leave another state than tokens of a prompt.
         if self.prefixes.max_bytes and not self.exact:
-            self.prefixes.add(np.append(course.keys, ids), session.snapshot(), self.pin)
+            self.prefixes.add(np.append(plan.keys, ids), session.snapshot(), self.pin)
 
     def clear(self) -> None:
         """Forget everything; files stay."""

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from siglance.engine import wire
+from siglance.engine import protobuf
 from siglance.engine.bench.graph_file import read_graph
 from siglance.engine.bench.traffic import Cost, Format, GraphCost, Traffic
 from siglance.engine.bundle import Bundle
@@ -223,8 +223,8 @@ def test_experts_are_read_as_many_times_as_rows_choose_them(tiny_model):
 @given(st.lists(st.tuples(st.integers(1, 500), st.integers(-(2**63), 2**63 - 1) | st.binary(max_size=300))))
 def test_written_messages_are_read_again(values):
     found = [
-        (number, wire.signed(value) if isinstance(value, int) else bytes(value))
-        for number, value in wire.fields(memoryview(wire.message(*values)))
+        (number, protobuf.signed(value) if isinstance(value, int) else bytes(value))
+        for number, value in protobuf.fields(memoryview(protobuf.message(*values)))
     ]
     assert found == values
 

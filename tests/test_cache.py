@@ -307,7 +307,7 @@ RED, BLUE = square((250, 10, 10)), square((10, 10, 250))
 
 
 def picture_end(reply, engine: Engine) -> int:
-    soft = engine._reader._prompts._control[engine.manifest.prompt.image.soft]
+    soft = engine._preprocessor._prompts._control[engine.manifest.prompt.image.soft]
     return max(row for row, id in enumerate(reply.prompt_token_ids) if id == soft) + 1
 
 

@@ -321,8 +321,8 @@ def test_a_text_that_no_tokens_could_make_fit_is_not_tokenised(short, monkeypatc
         def get_vocab(self):
             return short._tokenizer.get_vocab()
 
-    monkeypatch.setattr(short._reader, "_tokenizer", NoEncode())
-    monkeypatch.setattr(short._reader, "_prompts", None)
+    monkeypatch.setattr(short._preprocessor, "_tokenizer", NoEncode())
+    monkeypatch.setattr(short._preprocessor, "_prompts", None)
     longest = max(map(len, short._tokenizer.get_vocab()))
     characters = 1_000_000 + longest
     called = [

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from siglance.engine import Engine, Grammar, Sampling, Text, Thought, Tool, Turn
 from siglance.engine.errors import BundleError, InputError, PromptError
 from siglance.engine.manifest import ReplyFacts
-from siglance.engine.reading import Layout
+from siglance.engine.preprocessing import PromptOptions
 from siglance.engine.reply import StageClock
 from siglance.engine.text import TextStream, load_tokenizer, special_ids
 from siglance.engine.thinking import Markers, ReplyParts, control_tokens
@@ -370,8 +370,8 @@ def test_a_form_and_calls_that_must_come_exclude_each_other(engine):
 
 def prompt_of(engine, conversation, *, system=None, **options) -> str:
     """The prompt of a conversation without media."""
-    turns = engine._reader.read(conversation, StageClock(), system)
-    return engine._reader.prompt(turns, Layout(**options))[1].text
+    turns = engine._preprocessor.read(conversation, StageClock(), system)
+    return engine._preprocessor.prompt(turns, PromptOptions(**options))[1].text
 
 
 def test_thinking_is_switched_by_the_template(engine):

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from siglance.engine import Engine, MalformedCall, Sampling, Text, Thought, Tool, ToolCall, ToolResult, Turn, cli
 from siglance.engine.errors import InputError, PromptError
 from siglance.engine.messages import Message, merged_turns, template_messages
-from siglance.engine.reading import Layout
+from siglance.engine.preprocessing import PromptOptions
 from siglance.engine.reply import StageClock
 from siglance.engine.template import ChatTemplate
 from siglance.engine.text import special_ids
@@ -56,20 +56,20 @@ def spell(engine):
 
 def prompt_of(engine, conversation, *, system=None, **options):
     """The prompt of a conversation without media."""
-    turns = engine._reader.read(conversation, StageClock(), system)
-    return engine._reader.prompt(turns, Layout(**options))[1]
+    turns = engine._preprocessor.read(conversation, StageClock(), system)
+    return engine._preprocessor.prompt(turns, PromptOptions(**options))[1]
 
 
 def with_template(engine, template: str) -> Engine:
     """The same engine with another chat template."""
     double, _ = scripted(engine, [1])
-    reader = type(double._reader).__new__(type(double._reader))
-    reader.__dict__ |= double._reader.__dict__
+    reader = type(double._preprocessor).__new__(type(double._preprocessor))
+    reader.__dict__ |= double._preprocessor.__dict__
     prompts = type(reader._prompts)(
         double._tokenizer, double.manifest.prompt, ChatTemplate(template), None, double.manifest.reply
     )
     reader._prompts = prompts
-    double._reader = reader
+    double._preprocessor = reader
     return double
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image as PillowImage
 
-from siglance.engine import Engine, Image, Limits, Pdf, Sampling, Text, Turn, Video, cli, reading
+from siglance.engine import Engine, Image, Limits, Pdf, Sampling, Text, Turn, Video, cli, preprocessing
 from siglance.engine import video as video_module
 from siglance.engine.errors import BundleError, ContextFull, ImageError, InputError, PromptError, VideoError
 from siglance.engine.manifest import VideoFacts, read_manifest, write_manifest
@@ -56,7 +56,9 @@ def run(engine: Engine, parts, **options):
 
 
 def text_of(engine: Engine, parts) -> str:
-    _, prompt = engine._reader.prompt(engine._reader.read(parts, reading.StageClock()), reading.Layout())
+    _, prompt = engine._preprocessor.prompt(
+        engine._preprocessor.read(parts, preprocessing.StageClock()), preprocessing.PromptOptions()
+    )
     return prompt.text
 
 
@@ -92,9 +94,9 @@ def test_times_that_a_text_spells_are_text(engine, short):
 
 def test_a_frame_is_the_picture_that_it_shows(engine, short):
     """Soft tokens of a frame equal those of the same pixels passed as an image of the same budget."""
-    turns = engine._reader.read([Video(short), QUESTION], reading.StageClock())
-    asked = engine._see(turns, reading.StageClock(), engine._reuse.off(), reading.Layout())
-    soft = engine._soft_tokens(asked, reading.StageClock(), engine._reuse.off())
+    turns = engine._preprocessor.read([Video(short), QUESTION], preprocessing.StageClock())
+    asked = engine._prepare(turns, preprocessing.StageClock(), engine._reuse.off(), preprocessing.PromptOptions())
+    soft = engine._soft_tokens(asked, preprocessing.StageClock(), engine._reuse.off())
     frames = video_module.open_clip(short, fps=1.0, start=None, end=None, limits=Limits(), name="video 1")
     for index, values in enumerate(soft):
         pixels = frames.pixels(index, HEIGHT, WIDTH, "bicubic")

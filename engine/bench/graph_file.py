@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import BundleError
-from ..wire import fields, numbers, signed
+from ..protobuf import fields, numbers, signed
 
 __all__ = ["GraphFile", "Node", "Weight", "read_graph"]
 

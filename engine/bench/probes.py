@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from ..graph import Device, Graph, tensor
-from ..wire import message
+from ..protobuf import message
 from .traffic import Format
 
 __all__ = ["Probes", "chain_model"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from siglance.engine import Engine, Image, Text, Video
-from siglance.engine.reading import Layout
+from siglance.engine.preprocessing import PromptOptions
 from siglance.engine.reply import StageClock
 from siglance.engine.self_test import formula_picture
 
@@ -62,8 +62,8 @@ def test_the_frames_of_a_video(engine, processor, name):
     """Frames are chosen by their time here and are given to transformers by their number: the prompt is the same."""
     count, fps, options, shown = CLIPS[name]
     file = clip(count, fps=fps, options={"g": "250", "preset": "ultrafast"})
-    turns = engine._reader.read([Video(file, **options), Text("what happens?")], StageClock())
-    _, prompt = engine._reader.prompt(turns, Layout())
+    turns = engine._preprocessor.read([Video(file, **options), Text("what happens?")], StageClock())
+    _, prompt = engine._preprocessor.prompt(turns, PromptOptions())
     rows = {None: 65, 140: 133}[options.get("tokens")]  # of 96 x 256 pixels
     written = frames(processor, count, fps, shown, rows)
     expected = f"<bos><|turn>user\n{written}what happens?<turn|>\n<|turn>model\n"
@@ -74,7 +74,7 @@ def test_the_frames_of_a_video(engine, processor, name):
 def test_videos_and_pictures_in_one_prompt(engine, processor):
     first, second = clip(50), clip(30, fps=30)
     parts = [Text("a"), Video(first), Text("b"), Image(formula_picture(96, 96), 70), Video(second), Text("which?")]
-    _, prompt = engine._reader.prompt(engine._reader.read(parts, StageClock()), Layout())
+    _, prompt = engine._preprocessor.prompt(engine._preprocessor.read(parts, StageClock()), PromptOptions())
     image = processor.replace_image_token({"num_soft_tokens_per_image": [64]}, image_idx=0)
     written = f"a{frames(processor, 50, 25, [0, 25])}b{image}{frames(processor, 30, 30, [0])}which?"
     expected = f"<bos><|turn>user\n{written}<turn|>\n<|turn>model\n"

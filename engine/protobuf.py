@@ -1,4 +1,4 @@
-"""Protocol Buffers, as far as ONNX files need them: reading the fields of a message, and writing small messages.
+"""The wire format of Protocol Buffers, as far as ONNX files need it: reading the fields of a message, writing messages.
 
 The runtime has no package that knows ONNX files, and neither a check of untrusted ones nor a measurement of a device
 should need one. What a number means is in onnx.proto; whoever reads fields names those that it uses.

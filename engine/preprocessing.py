@@ -1,4 +1,4 @@
-"""What comes in, as the path needs it: media read and laid out, conversations turned into prompts.
+"""From a conversation to a prompt: media are read and laid out, turns are rendered and tokenised.
 
 Everything about a request that can be refused is refused here, before a graph runs.
 """
@@ -29,7 +29,7 @@ from .sources import FileSource
 from .template import ChatTemplate
 from .tools import ToolCall, ToolLike, ToolResult, read_tools, strings
 
-__all__ = ["Layout", "Prepared", "ReadTurn", "Reader", "count_by_modality", "text_ids", "tower_identity"]
+__all__ = ["Prepared", "Preprocessor", "PromptOptions", "ReadTurn", "count_by_modality", "text_ids", "tower_identity"]
 
 _SOON_TOKENISED = 1_000_000  # characters: one to four seconds
 
@@ -41,7 +41,7 @@ a long sound as several clips."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Layout:
+class PromptOptions:
     """How a conversation becomes a prompt; see `Engine.stream`."""
 
     raw: bool = False
@@ -50,7 +50,7 @@ class Layout:
     thinking: bool = False
 
 
-class Reader:
+class Preprocessor:
     """Reads requests to one bundle.
 
     From here on `tokenizer` encodes spellings of control tokens as text, see `PromptBuilder`. Raises BundleError, and
@@ -95,12 +95,12 @@ class Reader:
         return turns
 
     def prompt(
-        self, turns: Sequence[ReadTurn], layout: Layout, *, to_count: bool = False
+        self, turns: Sequence[ReadTurn], options: PromptOptions, *, to_count: bool = False
     ) -> tuple[list[Prepared], Prompt]:
         """All media in their order, and the prompt. Raises PromptError, and ContextFull if it is not only to count."""
-        tools = read_tools(layout.tools)
-        raw = layout.raw or self._raw_only
-        if (tools or layout.thinking) and (raw or layout.prompt_ids is not None):
+        tools = read_tools(options.tools)
+        raw = options.raw or self._raw_only
+        if (tools or options.thinking) and (raw or options.prompt_ids is not None):
             asked = "tools" if tools else "thinking"
             raise PromptError(f"{asked}: the prompt is not written by a chat template, as that would need")
         media = [part for _, parts in turns for part in parts if isinstance(part, Prepared)]
@@ -109,12 +109,12 @@ class Reader:
             for role, parts in turns
         ]
         self._check_length(messages)
-        if layout.prompt_ids is not None:
-            prompt = self._from_ids(layout.prompt_ids, messages, media)
+        if options.prompt_ids is not None:
+            prompt = self._from_ids(options.prompt_ids, messages, media)
         elif raw:
             prompt = self._prompts.raw(sole_turn(messages))
         else:
-            prompt = self._prompts.chat(messages, tools=tools, thinking=layout.thinking)
+            prompt = self._prompts.chat(messages, tools=tools, thinking=options.thinking)
         if not to_count and len(prompt.ids) > self._manifest.context:
             raise ContextFull(len(prompt.ids), self._manifest.context)
         return media, prompt

@@ -1,4 +1,7 @@
-"""Where the run of a prompt may rest, so that later prompts that begin alike go on from there."""
+"""How a prompt is prefilled: where it is cut into runs, and after which of them its decoder state is kept.
+
+A later prompt with the same beginning continues from a kept state, so the cuts are where prompts tend to differ.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +10,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["Course", "Rests", "find_rests"]
+__all__ = ["Boundaries", "PrefillPlan", "find_boundaries"]
 
 _WORTHWHILE = 32  # rows; a shorter system text is run again
 _LONGEST_LEAD = 8  # tokens between the last turn of a prompt and the reply: a control token, a role, a line break
 
 
 @dataclass(frozen=True, slots=True)
-class Rests:
-    """Rows of a prompt, counted as how many are before them.
+class Boundaries:
+    """Places in a prompt, each the number of rows in front of it.
 
-    `system` is behind the system text, `pictures` behind each run of soft tokens: prompts often differ from there on.
-    `replies` is where the earlier replies of the conversation begin: earlier prompts of it ended there.
+    `system` is the end of the system text and `pictures` are the ends of the runs of soft tokens: prompts often differ
+    from there on. `replies` are the beginnings of the conversation's earlier replies, where its earlier prompts ended.
     """
 
     system: int | None
@@ -36,10 +39,10 @@ class Rests:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Course:
-    """How a prompt is run: in parts that end behind `stops`, the last of them its length.
+class PrefillPlan:
+    """A prompt is run in parts that end at `stops`, the last of which is its length.
 
-    `kept` are the stops at which the state is kept; `keys` are those of the rows, int64 [L].
+    `kept` are the stops at which the state is kept; `keys`, int64 [L], identify the rows (`prefix_cache.row_keys`).
     """
 
     keys: np.ndarray
@@ -47,10 +50,10 @@ class Course:
     kept: frozenset[int]
 
 
-def find_rests(
+def find_boundaries(
     ids: np.ndarray, soft: Sequence[tuple[int, int]], special: Collection[int], turn_ends: Collection[int]
-) -> Rests:
-    """The rests of a prompt.
+) -> Boundaries:
+    """The boundaries of a prompt.
 
     Args:
         ids: int64 [L].
@@ -75,4 +78,4 @@ def find_rests(
         # Directly before a reply it is the end of the user's turn; a line break may be between.
         if system < _WORTHWHILE or reply - system <= len(lead) + 1:
             system = None
-    return Rests(system, pictures, replies)
+    return Boundaries(system, pictures, replies)

@@ -17,7 +17,7 @@ from .template import ChatTemplate
 from .tool_format import QUOTE, render_call, render_declaration, render_response
 from .tools import Tool, ToolCall, ToolResult
 
-__all__ = ["Abilities"]
+__all__ = ["TemplateCapabilities"]
 
 _TOOL = Tool(
     "probe_tool",
@@ -34,7 +34,7 @@ _USER = MessageTurn(0, "user", [Text("probe-user")])
 _CONVERSATION = [_USER, MessageTurn(1, "assistant", [], calls=(_CALL,)), MessageTurn(2, "tool", [], results=(_RESULT,))]
 
 
-class Abilities:
+class TemplateCapabilities:
     """What `template` can do for replies that are read by `facts`. Nothing is tried before it is asked for."""
 
     def __init__(self, template: ChatTemplate, begin: str, facts: ReplyFacts):
