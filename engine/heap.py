@@ -1,6 +1,6 @@
 """The process's memory: what is free goes back to the system, what is read in every step stands in huge pages.
 
-Both are advice that changes no value. Where the system does not take it, nothing happens.
+All of it is advice that changes no value. Where the system does not take it, nothing happens.
 """
 
 from __future__ import annotations
@@ -10,16 +10,18 @@ import ctypes
 import functools
 import itertools
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
-__all__ = ["give_back", "huge_pages"]
+__all__ = ["give_back", "huge_pages", "mapped_to_load"]
 
-_MAPS, _PAGES = Path("/proc/self/maps"), Path("/proc/self/pagemap")
+_MAPS, _PAGES, _SIZES = Path("/proc/self/maps"), Path("/proc/self/pagemap"), Path("/proc/self/smaps")
 _HUGE_SIZE = Path("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size")
-_COLLAPSE = 25  # MADV_COLLAPSE, Linux 6.1
+_DROP, _COLLAPSE = 4, 25  # MADV_DONTNEED; MADV_COLLAPSE, Linux 6.1
+_LOADING = threading.Lock()
 _PRESENT = np.uint64(1 << 63)  # bit of an entry of pagemap, one for each page of memory
 
 
@@ -42,6 +44,42 @@ def _malloc_trim() -> ctypes._NamedFuncPointer | None:
         return None
     trim.argtypes, trim.restype = (ctypes.c_size_t,), ctypes.c_int
     return trim
+
+
+@contextlib.contextmanager
+def mapped_to_load(file: Path) -> Iterator[None]:
+    """Let go of the pages of `file` that what is loaded inside has mapped; whoever reads one gets it from the file.
+
+    Loading reads weights to bring them into the layout of the kernels, after which most are never read from the file
+    again. They would count as memory of the process until the system needs it. One thread at a time is inside, so that
+    no mapping of another one, which may end at any moment, is taken for one that was made inside.
+    """
+    with _LOADING:
+        before = _clean_mappings(file)
+        yield
+        madvise = _madvise()
+        if madvise is None:
+            return
+        for start, end in _clean_mappings(file):
+            if not any(start < other_end and other_start < end for other_start, other_end in before):
+                madvise(start, end - start, _DROP)
+
+
+def _clean_mappings(file: Path) -> list[tuple[int, int]]:
+    """The addresses, start and end, of mappings of `file` that were never written to."""
+    try:
+        lines = _SIZES.read_text(encoding="utf-8", errors="replace").splitlines()
+        path = str(file.resolve())
+    except OSError:  # no Linux, or a sandbox that hides it
+        return []
+    found, bounds = [], ("0", "0")
+    for line in lines:
+        fields = line.split(None, 5)
+        if not fields[0].endswith(":"):
+            bounds = fields[0].split("-") if fields[-1] == path else ("0", "0")
+        elif fields[:2] == ["Anonymous:", "0"] and bounds != ("0", "0"):
+            found.append((int(bounds[0], 16), int(bounds[1], 16)))
+    return found
 
 
 @contextlib.contextmanager

@@ -81,10 +81,42 @@ def test_only_blocks_that_were_filled_inside_move_and_no_memory_is_added():
     assert (newer[3 * HUGE :] == np.where(np.arange(HUGE) < HUGE // 2, 9, 0)).all()
 
 
-@pytest.mark.parametrize("missing", ["_MAPS", "_PAGES", "_HUGE_SIZE"])
+def file_mapping(path: Path) -> np.ndarray:
+    """A private mapping of a file of ones, as graphs map their weights, read from end to end."""
+    with path.open("r+b") as file:
+        array = np.frombuffer(mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE), np.uint8)
+    assert array.all()
+    return array
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").is_file(), reason="this system does not tell what is mapped")
+def test_only_what_was_mapped_inside_leaves_memory_and_it_can_be_read_again(tmp_path):
+    file, link = tmp_path / "weights.bin", tmp_path / "other.bin"
+    file.write_bytes(b"\1" * (4 << 20))
+    os.link(file, link)
+    older = file_mapping(file)
+    with heap.mapped_to_load(file):
+        newer, other = file_mapping(file), file_mapping(link)
+        assert mapping_bytes(newer, "Rss") == 4 << 20
+    assert mapping_bytes(newer, "Rss") == 0
+    assert mapping_bytes(older, "Rss") == mapping_bytes(other, "Rss") == 4 << 20
+    assert newer.all()
+
+
+def test_a_mapping_that_was_written_to_keeps_what_is_in_it(tmp_path):
+    file = tmp_path / "weights.bin"
+    file.write_bytes(b"\1" * (1 << 20))
+    with heap.mapped_to_load(file):
+        array = file_mapping(file)
+        array[5000] = 7
+    assert array[5000] == 7
+    assert array.sum() == (1 << 20) + 6
+
+
+@pytest.mark.parametrize("missing", ["_MAPS", "_PAGES", "_HUGE_SIZE", "_SIZES"])
 def test_systems_that_hide_their_memory(missing, monkeypatch, tmp_path):
     monkeypatch.setattr(heap, missing, tmp_path / "nothing")
-    with heap.huge_pages():
+    with heap.mapped_to_load(tmp_path / "nothing"), heap.huge_pages():
         array = np.ones(1 << 22, np.uint8)
     assert array.all()
 
@@ -95,5 +127,7 @@ def test_runs_of_consecutive_numbers():
 
 
 def test_an_error_inside_comes_out():
-    with pytest.raises(KeyError), heap.huge_pages():
+    with pytest.raises(KeyError), heap.mapped_to_load(Path("nothing")), heap.huge_pages():
         raise KeyError
+    with heap.mapped_to_load(Path("nothing")):  # which waits for nobody
+        pass

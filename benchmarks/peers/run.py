@@ -29,6 +29,8 @@ from siglance.engine.bench.report import machine
 from siglance.engine.graph import usable_cores
 
 _WARM_UP = 8  # tokens
+# What of a process is in memory after its rounds, how much of that is no mapped file, and the most there ever was.
+_MEMORY = {"resident MB": "resident_mb", "anonymous MB": "anonymous_mb", "peak MB": "peak_mb"}
 CHUNK = 512  # tokens of a chunk whose second half is scored
 _WORDS = (
     "The quick brown fox jumps over the lazy dog while seven wizards quietly mix a large pot of soup for people who "
@@ -190,13 +192,14 @@ def markdown(results: dict[str, Any]) -> str:
     """The table of a run: medians, spread, and the ratio to the baseline of the same rounds."""
     lengths = sorted({run["prompt_tokens"] for run in results["runs"]})
     header = ["engine", *(f"{what} {length}" for what in ("prefill", "decode after") for length in lengths)]
-    lines = ["| " + " | ".join([*header, "resident MB", "perplexity"]) + " |", "|---" * (len(header) + 2) + "|"]
+    lines = ["| " + " | ".join([*header, *_MEMORY, "perplexity"]) + " |", "|---" * (len(header) + 4) + "|"]
     for name, facts in results["engines"].items():
         cells = [name]
         for what in ("prefill", "decode"):
             cells += [_cell(results, name, what, length) for length in lengths]
         perplexity = f"{facts['perplexity']:.2f}" if "perplexity" in facts else "-"
-        lines.append("| " + " | ".join([*cells, f"{facts.get('resident_mb', 0):.0f}", perplexity]) + " |")
+        cells += [f"{facts[key]:.0f}" if key in facts else "-" for key in _MEMORY.values()]
+        lines.append("| " + " | ".join([*cells, perplexity]) + " |")
     known = {f"{key} {value}" for facts in results["engines"].values() for key, value in facts["versions"].items()}
     place = results["machine"]
     versions = ", ".join(sorted(known))

@@ -29,12 +29,14 @@ _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 class Memory:
     """Megabytes (10^6 bytes) resident, Python included, and seconds to load.
 
-    `peak_mb` is the most at any time. It counts pages of the weights file that are mapped, as every process monitor
-    does; the system takes those back when it needs them.
+    After loading, after an answer, and the most at any time. They count mapped pages of files, libraries and weights,
+    as every process monitor does; the system takes those back when it needs them. `anonymous_mb` is what of
+    `resident_mb` it cannot take back.
     """
 
     loaded_mb: float
     resident_mb: float
+    anonymous_mb: float
     peak_mb: float
     load_seconds: float
 
@@ -61,13 +63,21 @@ def measure_memory(bundle: Bundle, options: Options) -> Memory | None:
 def _main() -> None:
     question = json.loads(sys.stdin.read())
     begin = time.perf_counter()
-    subject = Subject(Bundle.open(question["bundle"]), Options(**question["options"]))
+    bundle = Bundle.open(question["bundle"])
     seconds = time.perf_counter() - begin
+    subject = Subject(bundle, Options(**question["options"]))
     loaded, peak = _resident("VmRSS"), _resident("VmHWM")
     prompt = subject.prepare()
     _RESET.write_text("5")  # forgets the peak, which may be of making the picture
     subject.ask(*prompt, min(subject.options.new_tokens, _STEPS))
-    print(json.dumps(dataclasses.asdict(Memory(loaded, _resident("VmRSS"), max(peak, _resident("VmHWM")), seconds))))
+    found = Memory(
+        loaded_mb=loaded,
+        resident_mb=_resident("VmRSS"),
+        anonymous_mb=_resident("RssAnon"),
+        peak_mb=max(peak, _resident("VmHWM")),
+        load_seconds=seconds + subject.load_seconds,
+    )
+    print(json.dumps(dataclasses.asdict(found)))
 
 
 def _resident(field: str) -> float:

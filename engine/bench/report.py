@@ -240,7 +240,8 @@ def _lines(facts: dict[str, Any]) -> list[str]:
         )
     if memory is not None:
         lines.append(
-            f"memory: peak {memory['peak_mb']:g} MB, {memory['loaded_mb']:g} MB after loading, which took "
+            f"memory: {memory['resident_mb']:g} MB resident after an answer ({memory['anonymous_mb']:g} without mapped "
+            f"files), peak {memory['peak_mb']:g} MB, {memory['loaded_mb']:g} MB after loading, which took "
             f"{memory['load_seconds']:g} s"
         )
     if rates is not None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+from .. import heap
 from ..bundle import Bundle
 from ..engine import Engine
 from ..errors import InputError
@@ -96,18 +97,21 @@ class Subject:
         self.options = options
         self._clock = clock
         self._generator = np.random.default_rng(seed)
+        words = text_ids(bundle, _WORDS)
+        self._first, self._words = words[:1], words[1:]
+        heap.give_back()  # of another tokenizer than the engine's
         endless = Bundle(bundle.folder, dataclasses.replace(facts, stop_ids=()))
+        begin = clock()
         self._engine = Engine(
             endless, device=options.device, threads=options.threads, cache_bytes=0, feature_cache_bytes=0
         )
+        self.load_seconds = clock() - begin
         self.soft_tokens = self.patches = 0  # of the picture of a round
         if facts.image is not None:
             layout = POLICIES[facts.image.policy].layout(*PICTURE, facts.image, options.image_tokens)
             self.soft_tokens = layout.soft_tokens
             self.patches = layout.soft_tokens * facts.image.pool_size**2
         self.device, self.providers = self.runtime.device.kind, self.runtime.providers
-        words = text_ids(bundle, _WORDS)
-        self._first, self._words = words[:1], words[1:]
         self._layout: list[int] | None = None
 
     @property

@@ -5,7 +5,7 @@ answers; whatever a library prints goes to standard error.
 
     {"do": "run", "ids": [...], "steps": n}  -> {"prefill": seconds, "steps": [seconds, ...], "tokens": [...]}
     {"do": "score", "chunks": [[...], ...]}  -> {"losses": [...]}      rows 256 to 510 of each chunk of 512 ids
-    {"do": "memory"}                         -> {"resident_mb": f, "peak_mb": f}
+    {"do": "memory"}                         -> {"resident_mb": f, "anonymous_mb": f, "peak_mb": f}
     {"do": "see"}                            -> {"seconds": f, "soft_tokens": n}   vision towers
 """
 
@@ -99,5 +99,5 @@ def _memory(model: Model) -> dict[str, float]:
         status = file.read()
     return {
         name: int(re.search(rf"^{field}:\s*(\d+) kB", status, re.MULTILINE)[1]) * 1024 / 1e6
-        for name, field in (("resident_mb", "VmRSS"), ("peak_mb", "VmHWM"))
+        for name, field in (("resident_mb", "VmRSS"), ("anonymous_mb", "RssAnon"), ("peak_mb", "VmHWM"))
     }
