@@ -299,6 +299,7 @@ def serve(
     feature_cache: FeatureCacheOption = None,
     limit: LimitOption = None,
     device: DeviceOption = "auto",
+    timeout: Annotated[float, typer.Option(metavar="S", min=1, help="Seconds that a client may keep silent.")] = 30.0,
     log_prompts: Annotated[
         bool, typer.Option("--log-prompts", help="Write what is asked and answered into the log.")
     ] = False,
@@ -308,7 +309,7 @@ def serve(
         from .server import command
     except ModuleNotFoundError as error:
         raise InputError(f"serve needs the package {error.name!r}: pip install 'siglance[server]'") from None
-    settings = command.settings_of(host, port, queue, api_key, allow_dir, allow_host, limit, log_prompts)
+    settings = command.settings_of(host, port, queue, api_key, allow_dir, allow_host, limit, log_prompts, timeout)
     command.serve(bundles or ["demo"], settings, device=device, feature_cache=feature_cache)
 
 

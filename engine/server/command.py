@@ -22,6 +22,7 @@ from ..limits import read_limits
 from .app import create_app
 from .gate import is_loopback
 from .listening import listen, url_of
+from .patience import patient
 from .service import Model, Service
 from .settings import Settings
 
@@ -51,6 +52,8 @@ def serve(bundles: Sequence[str], settings: Settings, *, device: str, feature_ca
             server_header=False,
             lifespan="off",
             proxy_headers=False,
+            http=patient(settings.timeout),
+            ws="none",
             timeout_graceful_shutdown=_FINISH,
         )
         where = url_of(settings.host, listening.getsockname()[1])
@@ -89,6 +92,7 @@ def settings_of(
     allow_hosts: Sequence[str] | None,
     limits: Sequence[str] | None,
     log_prompts: bool,
+    timeout: float,
 ) -> Settings:
     """Settings from options of the command line. Raises InputError."""
     read = read_limits(limits or ())
@@ -102,6 +106,7 @@ def settings_of(
         api_keys=tuple(api_keys or ()),
         allow_dirs=tuple(allow_dirs or ()),
         allow_hosts=tuple(allow_hosts or ()),
+        timeout=timeout,
         body_bytes=read.max_bytes * 3 // 2,  # base64 makes a third more of it
         limits=read,
         log_prompts=log_prompts,

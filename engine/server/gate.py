@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 import ipaddress
@@ -16,6 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .failures import Failure, failure_of, trace_of
 from .metrics import Metrics
+from .patience import LEAST_RATE
 from .protocol import Protocol
 from .settings import Settings
 
@@ -50,11 +52,12 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        begin, status, held = perf_counter(), 0, 0
+        begin, status, held, whole = perf_counter(), 0, 0, False
 
         async def take() -> Message:
-            nonlocal held
-            message = await receive()
+            nonlocal held, whole
+            message = await receive() if whole else await self._in_time(receive, begin, held)
+            whole = not message.get("more_body", False)
             size = len(message.get("body", b""))
             held, self._held = held + size, self._held + size
             if self._held > self._most_held:
@@ -90,6 +93,16 @@ class Gate:
             took = 1e3 * (perf_counter() - begin)
             path = urllib.parse.quote(scope["path"][:200], safe="/:")
             _log.info("%s %s %s %d %.0f ms", client, scope["method"], path, status, took)
+
+    async def _in_time(self, receive: Receive, begin: float, held: int) -> Message:
+        """A further piece of a body of which so many bytes are there. Raises Failure for a client that takes too long
+        over it."""
+        left = begin + self._settings.timeout + held / LEAST_RATE - perf_counter()
+        try:
+            return await asyncio.wait_for(receive(), max(left, 0))
+        except TimeoutError:
+            problem = f"the body has not arrived within {self._settings.timeout:g} seconds"
+            raise Failure(408, problem, kind="timeout") from None
 
     def _admit(self, scope: Scope) -> None:
         """Raise Failure unless the request may come in; remember whose it is."""
@@ -131,6 +144,8 @@ def respond(protocols: Sequence[Protocol], path: str, failure: Failure) -> Respo
         response.headers.setdefault("retry-after", str(failure.retry_after))
     if failure.status == 401:
         response.headers.setdefault("www-authenticate", "Bearer")
+    if failure.status == 408:
+        response.headers.setdefault("connection", "close")
     return response
 
 

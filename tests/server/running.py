@@ -19,6 +19,7 @@ from starlette.applications import Starlette
 from siglance.engine import Engine
 from siglance.engine.server.app import MakeProtocol, create_app
 from siglance.engine.server.listening import listen
+from siglance.engine.server.patience import patient
 from siglance.engine.server.service import Model, Service
 from siglance.engine.server.settings import Settings
 
@@ -115,7 +116,15 @@ def serving(
 
     service = Service([Model(name, engine, 1_700_000_000) for name, engine in models.items()], settings)
     app = create_app(service, settings, makers)
-    config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=5)
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        lifespan="off",
+        http=patient(settings.timeout),
+        ws="none",
+        timeout_graceful_shutdown=5,
+    )
     with listen("127.0.0.1", 0) as listening:
         port = listening.getsockname()[1]
         thread = threading.Thread(target=Server(config).run, args=([listening],), name="server")

@@ -117,10 +117,11 @@ def test_options_out_of_range(arguments):
 
 
 def test_options_arrive():
-    settings = command.settings_of("::1", 0, 5, ["k"], [Path("/tmp")], ["h"], ["bytes=1000", "pages=3"], True)
+    settings = command.settings_of("::1", 0, 5, ["k"], [Path("/tmp")], ["h"], ["bytes=1000", "pages=3"], True, 7.5)
     assert (settings.host, settings.port, settings.queue, settings.api_keys) == ("::1", 0, 5, ("k",))
     assert (settings.allow_dirs, settings.allow_hosts, settings.log_prompts) == ((Path("/tmp"),), ("h",), True)
     assert (settings.limits.max_bytes, settings.limits.max_pages, settings.body_bytes) == (1000, 3, 1500)
+    assert settings.timeout == 7.5
 
 
 def test_without_the_extra():
@@ -144,7 +145,7 @@ def test_a_server_for_others_without_a_key_is_warned_about(monkeypatch, capsys):
         ("0.0.0.0", ["k"], False),
         ("127.0.0.1", [], False),
     ):
-        command.serve(["demo"], command.settings_of(host, 0, 1, keys, None, None, None, False), device="cpu")
+        command.serve(["demo"], command.settings_of(host, 0, 1, keys, None, None, None, False, 30.0), device="cpu")
         written = capsys.readouterr().err
         assert ("warning: whoever can reach" in written) == warned, host
 

@@ -100,6 +100,7 @@ _ERRORS = {
     401: "A key is needed.",
     403: "The request names something that the server does not read, or the server by a wrong name.",
     404: "There is no such model.",
+    408: "The body has not arrived in time.",
     413: "The body is too large.",
     415: "The body is not application/json.",
     422: "The body is wrong: the detail says where.",
