@@ -47,6 +47,7 @@ FORMATS = {
     "mpegts": "MPEG-TS",
 }
 _LOUDEST = 10.0  # decoders of lossy formats go a little beyond full scale; files of floats may hold anything
+_MOST_CHANNELS = 64  # that FFmpeg's filters take
 # Formats that say how long they are, and how much may be missing all the same, in seconds and of the whole: encoders of
 # lossy ones count their own delay. What is shorter has been cut off, or decoders left out what they could not read.
 _MISSING = {"mov": (0.25, 0.05), **dict.fromkeys(("wav", "w64", "flac", "aiff", "caf"), (0.01, 0.0))}
@@ -168,6 +169,11 @@ def _open(av: Any, source: BinaryIO) -> tuple[Any, Any]:
     if stream.codec_context is None or not stream.codec_context.sample_rate:
         container.close()
         raise SoundFault("its sound is in a form that is not known here")
+    # PyAV frees a layout of a file's own, "3 channels (FR+FL+LFE)", once for its object and once for what it is of.
+    # Here the second one is forgotten before. Where each loudspeaker stands makes no difference to the mean.
+    layout = stream.codec_context.layout
+    if "channels (" in layout.name:
+        stream.codec_context.layout = f"{layout.nb_channels}C"
     return container, stream
 
 
@@ -254,7 +260,10 @@ class _Mixer:
         kind = (frame.format.name, frame.layout.name, frame.sample_rate)
         if kind != self._kind:  # some streams change in the middle
             self.flush()
-            self._resampler = self._av.AudioResampler(format="fltp", layout=frame.layout, rate=self.rate)
+            if frame.layout.nb_channels > _MOST_CHANNELS:
+                raise SoundFault(f"{frame.layout.nb_channels} channels, at most {_MOST_CHANNELS} are mixed")
+            # Samples of all channels in one row: PyAV counts rows of eight channels and more beyond where they end.
+            self._resampler = self._av.AudioResampler(format="flt", layout=frame.layout, rate=self.rate)
             self._kind = kind
         frame.pts = None
         self._take(self._resampler.resample(frame))
@@ -267,7 +276,8 @@ class _Mixer:
 
     def _take(self, frames: list[Any]) -> None:
         for frame in frames:
-            mixed = frame.to_ndarray().mean(axis=0, dtype=self._numpy.float64)
+            channels = frame.to_ndarray().reshape(-1, frame.layout.nb_channels)
+            mixed = channels.mean(axis=1, dtype=self._numpy.float64)
             self._window.put(mixed.astype(self._numpy.float32))
 
 

@@ -45,13 +45,13 @@ def encoded(name: str, channels: list[np.ndarray] | None = None) -> bytes:
     """A file of one of FORMATS: the channels at its rate, or two alike of one second of 440 Hz."""
     container, codec, rate = FORMATS[name]
     samples = np.stack(channels if channels is not None else [tone(1.0, rate)] * 2)
-    layout = {1: "mono", 2: "stereo", 6: "5.1"}[len(samples)]
+    layout = {1: "mono", 2: "stereo", 6: "5.1", 8: "7.1"}[len(samples)]
     buffer = io.BytesIO()
     with av.open(buffer, "w", format=container) as output:
         stream = output.add_stream(codec, rate=rate, layout=layout)
         context = stream.codec_context
         resampler = av.AudioResampler(context.format.name, layout, rate, context.frame_size or None)
-        frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(samples), format="fltp", layout=layout)
+        frame = av.AudioFrame.from_ndarray(samples.T.reshape(1, -1), format="flt", layout=layout)
         frame.sample_rate = rate
         for part in resampler.resample(frame) + resampler.resample(None):
             output.mux(stream.encode(part))
@@ -60,13 +60,13 @@ def encoded(name: str, channels: list[np.ndarray] | None = None) -> bytes:
 
 
 def wav(samples: np.ndarray, rate: int = 16_000, *, stated: int | None = None) -> bytes:
-    """16 bits, one channel; `stated` is the number of bytes that the header says there are."""
+    """16 bits, [n] or [n, channels]; `stated` is the number of bytes that the header says there are."""
     data = (np.clip(samples, -1, 1 - 2**-15) * 32768).round().astype("<i2").tobytes()
     size = len(data) if stated is None else stated
-    header = struct.pack(
-        "<4sI4s4sIHHIIHH", b"RIFF", (36 + size) & 0xFFFFFFFF, b"WAVE", b"fmt ", 16, 1, 1, rate, 2 * rate, 2, 16
-    )
-    return header + struct.pack("<4sI", b"data", size & 0xFFFFFFFF) + data
+    channels = samples.shape[1] if samples.ndim > 1 else 1
+    riff = struct.pack("<4sI4s4sI", b"RIFF", (36 + size) & 0xFFFFFFFF, b"WAVE", b"fmt ", 16)
+    facts = struct.pack("<HHIIHH", 1, channels, rate, 2 * channels * rate, 2 * channels, 16)
+    return riff + facts + struct.pack("<4sI", b"data", size & 0xFFFFFFFF) + data
 
 
 def video_with_sound(seconds: float = 1.0, *, with_sound: bool = True) -> bytes:

@@ -106,6 +106,24 @@ def test_channels_are_mixed_to_their_mean():
     assert fit(six)[0] == pytest.approx(0.5, abs=2e-3)
 
 
+@pytest.mark.parametrize("name", ["wav, 16 bits", "flac", "aiff", "caf"])
+def test_case_83_eight_loudspeakers_are_mixed_too(name):
+    """AIFF and CAF say themselves where each loudspeaker stands."""
+    samples = tone(0.3, FORMATS[name][2])
+    assert fit(heard(encoded(name, [samples] * 6 + [0 * samples] * 2)))[0] == pytest.approx(0.375, abs=2e-3)
+
+
+@pytest.mark.parametrize("channels", [3, 9, 64])
+def test_case_83_any_number_of_microphones_is_mixed(channels):
+    recorded = np.random.default_rng(channels).integers(-9000, 9000, (2000, channels)) / 32768
+    np.testing.assert_allclose(heard(wav(recorded)), recorded.mean(axis=1), atol=1e-6)
+
+
+def test_case_83_more_channels_than_can_be_mixed():
+    with pytest.raises(AudioError, match="65 channels, at most 64 are mixed"):
+        heard(wav(np.zeros((100, 65))))
+
+
 @pytest.mark.parametrize(("frequency", "loss"), [(3000, 0.1), (7000, 0.6), (9000, -55), (12_000, -80), (20_000, -80)])
 def test_what_lies_above_half_the_rate_does_not_come_back_below(frequency, loss):
     """Decibels that are lost, at most, or at least for frequencies that the model's rate does not have."""
