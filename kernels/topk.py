@@ -19,6 +19,7 @@ _NEAR = 8.0  # logits below the best one that `top_p` looks at first: e^-8 is 0.
 _FEW = 1024  # entries that `top_p` sorts as they are
 _BINS = 4096  # `top_p` adds up probability by distance from the best
 _TINY = 1e-30  # temperatures and distances below are not fit for float32
+_HUGE = 1e30  # temperatures above neither: as an infinite one they would give tokens of -inf a weight
 _VANISHED = 104.0  # exp(-104) is 0 in float32
 _BLOCK = 512  # entries per partial sum in `draw`
 _PART = 16_384  # entries at once where intermediate results in float64 would leave the cache
@@ -114,12 +115,12 @@ def min_p(logits: np.ndarray, p: float) -> np.ndarray:
 def relative_weights(logits: np.ndarray, temperature: float) -> np.ndarray:
     """exp((logit - best logit) / temperature), float32 [n]: probabilities up to a factor, 1.0 for the best.
 
-    float32 holds the quotient for any temperature that means something; below that it is taken in float64, where no
+    float32 holds the quotient for any temperature that means something; beyond that it is taken in float64, where no
     positive temperature overflows to anything but -inf.
     """
     best = logits.max()
     with np.errstate(over="ignore", under="ignore"):
-        if temperature < _TINY:
+        if not _TINY <= temperature <= _HUGE:
             return np.exp(((logits - best.astype(np.float64)) / temperature).astype(np.float32))
         weights = logits - best
         if temperature != 1:

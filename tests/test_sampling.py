@@ -309,6 +309,16 @@ def test_case_27_tiny_temperatures_are_greedy(temperature, filters):
     assert Sampler(effective(temperature=temperature, **filters))(logits) == 41
 
 
+@pytest.mark.parametrize("temperature", [1e30, 1e39, 1e300])
+@pytest.mark.parametrize("filters", [{}, {"top_k": 50}])
+def test_case_27_the_highest_temperatures_draw_nothing_that_is_ruled_out(temperature, filters):
+    logits = random_row(97)
+    logits[::2] = -np.inf
+    sampler = Sampler(effective(temperature=temperature, **filters))
+    assert {sampler(logits) % 2 for _ in range(100)} == {1}
+    assert sampler(random_row(97), mask=np.array([4], np.uint8)) == 2
+
+
 def test_case_27_top_p_0_keeps_exactly_the_best_token():
     logits = np.array([1.0, 5.0, 5.0, 4.999], dtype=np.float32)
     sampler = Sampler(effective(top_p=0.0))
