@@ -18,7 +18,7 @@ from typing import Any
 
 from ..engine.errors import ExportError, SiglanceError
 
-__all__ = ["in_child"]
+__all__ = ["call", "in_child"]
 
 
 def in_child(function: Callable[..., Any], *arguments: Any, progress: Callable[[str], None] | None = None) -> Any:
@@ -78,13 +78,17 @@ def _serve() -> None:
     request = json.load(sys.stdin)
     function = getattr(importlib.import_module(request["module"]), request["function"])
     arguments = [*request["arguments"], *([_report] if request["progress"] else [])]
+    print(json.dumps(call(function, *arguments)))
+
+
+def call(function: Callable[..., Any], *arguments: Any) -> dict[str, Any]:
+    """What `function` returns, as "result", or the message of what it raises on purpose, as "error"."""
     try:
-        reply = {"result": function(*arguments)}
+        return {"result": function(*arguments)}
     except ExportError as error:
-        reply = {"error": str(error)}
+        return {"error": str(error)}
     except SiglanceError as error:
-        reply = {"error": f"the exported bundle does not run: {error}"}
-    print(json.dumps(reply))
+        return {"error": f"the exported bundle does not run: {error}"}
 
 
 if __name__ == "__main__":

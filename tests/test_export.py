@@ -238,6 +238,7 @@ def test_sampling_that_is_not_finite_is_refused_before_a_weight_is_read(checkpoi
     assert f"generation_config.json: {key} = " in refused(source, tmp_path)
 
 
+@pytest.mark.usefixtures("child_processes")
 def test_weights_that_give_no_numbers(checkpoints, tmp_path):
     source = tmp_path / "source"
     shutil.copytree(checkpoints / "gemma3", source)
@@ -393,6 +394,7 @@ def test_nothing_but_provenance_differs_between_two_exports(source, tmp_path):
     assert one == two
 
 
+@pytest.mark.usefixtures("child_processes")
 def test_a_new_bundle_verifies(source, tmp_path):
     export(source, tmp_path / "bundle")
     bundle = Bundle.open(tmp_path / "bundle")
@@ -404,6 +406,7 @@ def test_a_new_bundle_verifies(source, tmp_path):
     }
 
 
+@pytest.mark.usefixtures("child_processes")
 def test_no_path_of_this_machine_gets_into_the_bundle(source, tmp_path):
     export(source, tmp_path / "bundle")
     for path in (tmp_path / "bundle").iterdir():
