@@ -17,7 +17,8 @@ import numpy as np
 import onnxruntime
 
 from . import cuda
-from .errors import BundleError, DeviceError, ModelOutputError
+from .errors import BundleError, Cancelled, DeviceError, ModelOutputError
+from .interruption import current_interruption
 from .processes import kept_by_forks, thread_count, usable_cores
 
 __all__ = [
@@ -173,7 +174,9 @@ class Graph:
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Run on host arrays and return all outputs by name."""
         try:
-            values: Any = self._call(self._session.run, None, dict(feeds), self._plain)
+            values: Any = self._interruptibly(self._session.run, None, dict(feeds))
+        except Cancelled:
+            raise
         except Exception as error:
             raise ModelOutputError(f"graph {self.name!r} failed: {_first_line(error)}") from error
         return dict(zip(self.outputs, values, strict=True))
@@ -185,11 +188,16 @@ class Graph:
     def run_bound(self, binding: IOBinding, options: object = None) -> None:
         """Run on what is bound; `options` of `run_options` make it a captured run."""
         try:
-            self._call(self._session.run_with_iobinding, binding, options or self._plain)
+            if options is None:
+                self._interruptibly(self._session.run_with_iobinding, binding)
+            else:
+                self._call(self._session.run_with_iobinding, binding, options)
+        except Cancelled:
+            raise
         except Exception as error:
             raise ModelOutputError(f"graph {self.name!r} failed: {_first_line(error)}") from error
 
-    def run_options(self, number: int) -> object:
+    def run_options(self, number: int) -> onnxruntime.RunOptions:
         """Options of the captured run with this number, or of none for -1.
 
         The first run with a number is done three times over, and captured; later ones are replayed with the same
@@ -245,6 +253,16 @@ class Graph:
             return session
         reason = _cuda_problem() or self._complaint or f"the CUDA provider did not load; {cuda.INSTALL}"
         raise DeviceError(f"{self.name}.onnx came up on {found} instead of {provider}: {reason}")
+
+    def _interruptibly(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Call a function that runs the graph, not captured. Raises Cancelled if that was interrupted."""
+        interruption = current_interruption()
+        if interruption is None:
+            return self._call(function, *arguments, self._plain)
+        options = self.run_options(-1) if self.captures else onnxruntime.RunOptions()
+        options.log_severity_level = 4  # of the run: that it was ended is no news
+        with interruption.run(options):
+            return self._call(function, *arguments, options)
 
     def _call(self, function: Callable[..., Any], *arguments: Any) -> Any:
         return function(*arguments) if self._thread is None else self._thread.submit(function, *arguments).result()

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import logging
 import os
-import threading
 from collections.abc import AsyncGenerator, Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
@@ -18,6 +17,7 @@ from starlette.requests import Request as HttpRequest
 
 from ..bundle import Bundle
 from ..engine import Engine
+from ..interruption import Interruption
 from ..reply import Chunk, Reply
 from .failures import Failure, failure_of, gone, trace_of
 from .line import Line
@@ -103,7 +103,7 @@ class Service:
         self.metrics = metrics or Metrics()
         self._by_name = {DEFAULT_MODEL: self.models[0]} | {model.name: model for model in self.models}
         self._desks = {model.name: _Desk(model.name, model.engine, settings) for model in self.models}
-        self._cancels: set[threading.Event] = set()
+        self._cancels: set[Interruption] = set()
         desks = self._desks.items()
         self.metrics.watch(
             "siglance_queue_length", "Requests that wait.", lambda: {name: desk.line.waiting for name, desk in desks}
@@ -152,7 +152,7 @@ class Service:
         def count(tell: _Tell) -> None:
             tell(model.engine.count_tokens(**request.prompt_arguments()))
 
-        async with aclosing(self._results(desk, desk.counts, http, count, threading.Event())) as results:
+        async with aclosing(self._results(desk, desk.counts, http, count, Interruption())) as results:
             async for counts in results:
                 return counts
         raise AssertionError("a count gives one result")
@@ -163,7 +163,7 @@ class Service:
             desk.drain()
 
     def close(self) -> None:
-        """Stop what runs too, each request at its next step. Returns when the threads have ended."""
+        """Stop what runs too, in the middle of a run of a graph. Returns when the threads have ended."""
         for cancel in list(self._cancels):
             cancel.set()
         for desk in self._desks.values():
@@ -172,14 +172,15 @@ class Service:
     async def _chunks(self, model: Model, request: Request, http: HttpRequest) -> AsyncGenerator[Chunk, None]:
         """The pieces of a reply."""
         desk, arrived, first = self._desks[model.name], perf_counter(), True
-        cancel = threading.Event()
+        cancel = Interruption()
         if self.settings.log_prompts:
             _log.info("%s is asked: %s", model.name, request.spoken())
 
         def answer(tell: _Tell) -> None:
             desk.weights.check()
-            for chunk in model.engine.stream(**request.stream_arguments(), cancelled=cancel.is_set):
-                tell(chunk)
+            with cancel.here():
+                for chunk in model.engine.stream(**request.stream_arguments(), cancelled=cancel.is_set):
+                    tell(chunk)
 
         async with aclosing(self._results(desk, desk.line, http, answer, cancel)) as results:
             async for chunk in results:
@@ -195,7 +196,7 @@ class Service:
                 yield chunk
 
     async def _results(
-        self, desk: _Desk, line: Line, http: HttpRequest, work: Callable[[_Tell], None], cancel: threading.Event
+        self, desk: _Desk, line: Line, http: HttpRequest, work: Callable[[_Tell], None], cancel: Interruption
     ) -> AsyncGenerator[Any, None]:
         """What `work` tells, in a thread, when it is this client's turn. `cancel` is set when nobody waits for more."""
         loop = asyncio.get_running_loop()

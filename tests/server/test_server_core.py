@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import socket
+import threading
 import time
 from collections.abc import Iterator
 
@@ -16,8 +17,9 @@ from siglance.engine.server.failures import Failure
 from siglance.engine.server.service import PARALLEL, Model, Service
 from siglance.engine.server.settings import Settings
 
+from ..endless import ENDLESS, spinning, turns
 from ..pdf_files import numbered_pages
-from ..picture_files import encoded
+from ..picture_files import encoded, png
 from ..scripted import scripted
 from .running import Running, serving
 from .toy import Gate, as_base64, gated, toy
@@ -226,6 +228,26 @@ def test_a_client_that_leaves_while_its_prompt_runs(demo, gate):
         gate.free()
         server.settle()
         assert gate.runs == 1
+
+
+@pytest.mark.parametrize("part", ["tower", "prompt"])
+def test_a_client_that_leaves_in_the_middle_of_a_run(demo, gate, tmp_path, part):
+    """Case 37: a run that would not end is ended, of the tower or of the decoder."""
+    graph, begun = spinning(tmp_path), threading.Event()
+
+    def endless(*arguments):
+        begun.set()
+        return graph.run(turns(ENDLESS))
+
+    gate.free()
+    engine = gated(demo, gate)
+    place, name = (engine.runtime, "encode") if part == "tower" else (engine.runtime.decoder, "run_bound")
+    setattr(place, name, endless)
+    with serving({"one": engine}, makers=[toy]) as server:
+        connection = begin(server, f'{{"text": "hi", "image": "{as_base64(png(8, 8, 8, 0, bytes(72)))}"}}')
+        assert begun.wait(30)
+        connection.close()
+        server.settle()
 
 
 def test_a_client_that_leaves_while_its_pages_are_looked_at(slow, gate):

@@ -218,7 +218,7 @@ _EXAMPLE: Schema = {
     "contents": [{"role": "user", "parts": [{"text": "describe"}]}],
     "generationConfig": {"maxOutputTokens": 4},
 }
-_ERRORS = ("400", "401", "403", "404", "413", "415", "429", "500", "503")
+_ERRORS = ("400", "401", "403", "404", "408", "413", "415", "429", "500", "503")
 
 
 def paths(names: Sequence[str]) -> dict[str, Any]:
