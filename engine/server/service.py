@@ -53,8 +53,10 @@ class Model:
 class _Weights:
     """Notices that a file of weights was written over.
 
-    Engines map it into memory, so they would go on with other weights or none. A bundle whose folder was replaced by
-    another one, as export does it, is served as it was.
+    Engines map it into memory, so they would go on with other weights or none: what was cut off from the file would end
+    the process when it is read (SIGBUS). That still happens to a run that reads while it is cut: only a copy in memory
+    would prevent it, of the size of the file. A bundle whose folder was replaced by another one, as export does it, is
+    served as it was.
     """
 
     def __init__(self, bundle: Bundle):
