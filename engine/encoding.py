@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from threading import Lock
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,6 +13,7 @@ from .manifest import Manifest
 from .parts import Audio, AudioInput, ImageInput, NormalPart, Words, turns_of
 from .pictures import PreparedPicture
 from .preprocessing import Prepared, tower_identity
+from .processes import GraphTurn
 from .reply import EncodedImage, EncodedSound, EncodedVideo, StageClock
 from .reuse import Reuse
 from .runtime import Runtime
@@ -41,7 +41,7 @@ def encode_source(
     return _encoded_image(manifest, medium, view, engine._encode(view, clock, reuse))
 
 
-def encode_view(runtime: Runtime, turn: Lock, view: EncoderInput, clock: StageClock, reuse: Reuse) -> np.ndarray:
+def encode_view(runtime: Runtime, turn: GraphTurn, view: EncoderInput, clock: StageClock, reuse: Reuse) -> np.ndarray:
     """Soft tokens of a view or clip, float32 [length, D]. `turn` is held while a graph runs."""
     if view.soft_tokens is not None:
         return view.soft_tokens

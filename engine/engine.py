@@ -9,7 +9,6 @@ import dataclasses
 import os
 from collections.abc import Callable, Collection, Generator, Sequence
 from functools import partial
-from threading import Lock
 from typing import overload
 
 import numpy as np
@@ -28,7 +27,7 @@ from .limits import DEFAULT_LIMITS, Limits
 from .parts import AudioInput, Conversation, ImageInput
 from .prefill_plan import PrefillPlan, find_boundaries
 from .preprocessing import Preprocessor, PromptOptions, ReadTurn, count_by_modality, text_ids
-from .processes import OwnProcess
+from .processes import GraphTurn, OwnProcess
 from .reply import Candidate, Chunk, EncodedImage, EncodedSound, StageClock, whole_reply
 from .reuse import CACHE_BYTES, FEATURE_CACHE_BYTES, FEATURE_FOLDER_BYTES, Reuse
 from .runtime import PREFILL_CHUNK, Runtime, Session, SoftTokens
@@ -100,7 +99,7 @@ class Engine:
         self.features = self._reuse.features  # soft tokens of pictures seen before, and how often that helped
         self._runtime: Runtime | None = Runtime(bundle, device=device, threads=threads)
         self._constraints = Constraints(self._tokenizer, self._runtime.vocabulary, self.manifest.stop_ids, facts.boxes)
-        self._turn = Lock()
+        self._turn = GraphTurn()
 
     @classmethod
     def open(

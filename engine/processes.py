@@ -1,16 +1,20 @@
-"""What depends on the process: how many cores it may use, and what must not happen when it forks."""
+"""What depends on the process: how many cores it may use, and what must not happen when it forks or ends."""
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import math
 import os
+import sys
+import threading
+import time
 import weakref
 from pathlib import Path
 
 from .errors import InputError
 
-__all__ = ["OwnProcess", "kept_by_forks", "thread_count", "usable_cores"]
+__all__ = ["GraphTurn", "OwnProcess", "kept_by_forks", "thread_count", "usable_cores"]
 
 _CGROUPS = Path("/sys/fs/cgroup")
 _OWN_CGROUPS = Path("/proc/self/cgroup")
@@ -77,13 +81,67 @@ class OwnProcess:
         self._id = os.getpid()
 
     def check(self) -> None:
-        """Raise InputError in a process that was forked from the one that made this."""
+        """Raise InputError in a process that was forked from the one that made this; requests begin with this."""
+        _stay_at_the_end()
         if self._id != os.getpid():
             raise InputError("this engine was opened before the process was forked: open it in each process")
 
     def __reduce__(self):
         raise TypeError("an engine cannot be pickled: send the path of its bundle, and open it in each process")
 
+
+class GraphTurn:
+    """Held while a graph runs: one at a time. In a daemon thread none begins once the interpreter ends."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> None:
+        _stay_at_the_end()
+        self._lock.acquire()
+        _running.add(threading.get_ident())
+
+    def __exit__(self, *exception: object) -> None:
+        _running.discard(threading.get_ident())
+        self._lock.release()
+
+
+# Up to Python 3.13 a daemon thread that comes back from C++ (onnxruntime, numpy) to an interpreter that has ended takes
+# the process down (SIGABRT). So the end waits until daemon threads have left the engine or stay where they harm nobody.
+_ended = threading.Event()
+_running: set[int] = set()  # identifiers of threads that have a turn: nobody could get it while they stayed
+_staying: set[int] = set()  # of those that never return
+_LONGEST_RUN = 20.0  # seconds
+_HERE = os.path.dirname(__file__)
+
+
+def _stay_at_the_end() -> None:
+    """Never return in a daemon thread of an interpreter that ends."""
+    if _ended.is_set() and threading.current_thread().daemon and threading.get_ident() not in _running:
+        _staying.add(threading.get_ident())
+        threading.Event().wait()
+
+
+def _is_busy() -> bool:
+    """Whether a daemon thread is inside the engine."""
+    frames = sys._current_frames()
+    for thread in threading.enumerate():
+        frame = frames.get(thread.ident or 0) if thread.daemon and thread.ident not in _staying else None
+        while frame is not None:
+            if os.path.dirname(frame.f_code.co_filename) == _HERE:
+                return True
+            frame = frame.f_back
+    return False
+
+
+def _end() -> None:
+    _ended.set()
+    latest = time.monotonic() + _LONGEST_RUN
+    while _is_busy() and time.monotonic() < latest:
+        time.sleep(0.001)
+
+
+atexit.register(_end)
 
 _kept: weakref.WeakSet[object] = weakref.WeakSet()
 

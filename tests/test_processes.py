@@ -6,6 +6,7 @@ import os
 import pickle
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,65 @@ def test_a_container_gets_threads_for_the_cpu_time_it_has(
     monkeypatch.setattr(processes, "_OWN_CGROUPS", tmp_path / "own")
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(8), raising=False)
     assert processes.usable_cores() == cores
+
+
+_DAEMON = """
+import sys, threading
+from siglance.engine import Engine, Text
+engine, stopped = Engine.open(threads=1), threading.Event()
+def ask():
+    for chunk in engine.stream(Text("describe"), max_tokens=2000, stop_ids=[], cancelled=lambda: asked.set()):
+        pass
+def work():
+    while True:
+        ask()
+asked = threading.Event()
+for _ in range(2):
+    threading.Thread(target=work, daemon=True).start()
+asked.wait()
+print(len(engine.generate(Text("count")).token_ids) > 0)
+"""
+
+
+def test_a_program_ends_while_daemon_threads_ask():
+    """A thread that came back from C++ to an interpreter that is gone would take the process down with it."""
+    done = subprocess.run([sys.executable, "-c", _DAEMON], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "True\n", "")
+
+
+def test_the_end_waits_for_daemon_threads_and_keeps_them(monkeypatch):
+    """Not for those that are elsewhere, and whoever ends the program still has its turns."""
+    monkeypatch.setattr(processes, "_ended", threading.Event())
+    monkeypatch.setattr(processes, "_staying", set())
+    turn, inside, release, again = processes.GraphTurn(), threading.Event(), threading.Event(), threading.Event()
+
+    def in_the_engine(run):
+        """A call that has a frame of the engine's folder below it."""
+        exec(compile("run()", f"{processes._HERE}/graph.py", "exec"), {"run": run})
+
+    def one():
+        with turn:
+            inside.set()
+            release.wait(10)
+            processes.OwnProcess().check()  # as the engine does while it has the turn, which others still want
+        with turn:
+            again.set()
+
+    threading.Thread(target=in_the_engine, args=[one], daemon=True).start()
+    threading.Thread(target=threading.Event().wait, daemon=True).start()
+    inside.wait(10)
+    assert processes._is_busy()
+    ending = threading.Thread(target=processes._end)
+    ending.start()
+    processes._ended.wait(10)
+    assert ending.is_alive()
+    release.set()
+    ending.join(10)
+    assert not ending.is_alive()
+    assert not processes._is_busy()
+    assert not again.is_set()
+    in_the_engine(one)
+    assert again.is_set()
 
 
 @pytest.mark.parametrize("threads", [0, -1, 1.5, "2", True, 10**6])
