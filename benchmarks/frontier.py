@@ -2,7 +2,8 @@
 
     python benchmarks/frontier.py benchmarks/results/peers.json benchmarks/results/frontier.svg
 
-Needs matplotlib. Engines without a perplexity are left out; so are those beyond `--worst`.
+Needs matplotlib. Engines without a perplexity are left out; so are those beyond `--worst`. `--perplexity` is another
+result of peers/run.py, where scoring was a run of its own.
 """
 
 from __future__ import annotations
@@ -24,10 +25,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path)
     parser.add_argument("picture", type=Path)
+    parser.add_argument("--perplexity", type=Path, help="results that perplexities are taken from")
     parser.add_argument("--prompt-tokens", type=int, default=512)
     parser.add_argument("--worst", type=float, default=30.0, help="perplexity")
     options = parser.parse_args()
     results = json.loads(options.results.read_text(encoding="utf-8"))
+    if options.perplexity is not None:
+        scores = json.loads(options.perplexity.read_text(encoding="utf-8"))["engines"]
+        results["engines"] = {name: facts | scores.get(name, {}) for name, facts in results["engines"].items()}
     points = _points(results, options.prompt_tokens, options.worst)
     matplotlib.rcParams |= {"svg.hashsalt": "siglance", "font.family": "sans-serif"}
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")

@@ -110,7 +110,7 @@ def _split(events: list[dict[str, Any]], kinds: dict[str, str], steps: int) -> d
         if event["cat"] == "Node" and event["name"].endswith("_kernel_time"):
             name = event["name"].removesuffix("_kernel_time")
             nodes.setdefault((name, event["args"]["op_name"]), []).append(event["dur"] / 1e3)
-    parts = dict.fromkeys((WINDOWED, GLOBAL, PRODUCTS, REST), 0.0)
+    parts: dict[str, float] = dict.fromkeys((WINDOWED, GLOBAL, PRODUCTS, REST), 0.0)
     for (name, operator), times in nodes.items():
         kind = kinds.get(name) or (PRODUCTS if operator in ("MatMulNBits", "MatMul", "Gemm") else REST)
         parts[kind] += statistics.median(times[-steps:])
