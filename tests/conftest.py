@@ -13,7 +13,7 @@ import pytest
 from siglance.engine.bundle import Bundle
 from siglance.engine.errors import ExportError
 from siglance.engine.runtime import Runtime
-from siglance.export import child, exporter
+from siglance.export import calibration_run, child, exporter
 from siglance.export.exporter import export
 
 from . import tiny, tiny_gemma4_audio, tiny_gemma4_large, tiny_siglip
@@ -61,6 +61,13 @@ def _no_child_processes():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(exporter, "in_child", in_process)
         yield
+
+
+@pytest.fixture
+def brief_calibration(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calibration runs an eighth of its tokens: for tests of something else than the matrices that it finds."""
+    monkeypatch.setattr(calibration_run, "_TOKENS_PER_COLUMN", 1)
+    monkeypatch.setattr(calibration_run, "_FEWEST_TOKENS", 128)
 
 
 @pytest.fixture

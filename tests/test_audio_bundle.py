@@ -146,6 +146,7 @@ def test_a_manifest_that_contradicts_itself_is_refused(e2b, change, key):
         (ExportOptions(precision="fp16", target="cuda"), 0.99999),
     ],
 )
+@pytest.mark.usefixtures("brief_calibration")
 def test_other_precisions_hear_almost_the_same(tiny_model, tmp_path, family, options, cosine):
     model = tiny_model(family)
     export(model.checkpoint, tmp_path / "bundle", options)

@@ -43,6 +43,7 @@ def test_one_channel_a_hundred_times_the_others(bits, axis):
     assert error(per_tensor(matrix, bits)) > {4: 0.9, 8: 0.2}[bits]
 
 
+@pytest.mark.usefixtures("brief_calibration")
 def test_the_level_of_products_is_in_the_report(tmp_path):
     """Case 19: level 4 rounds what is multiplied too, which changes greedy replies, and the bundle says so."""
     tiny.write_gemma4(tmp_path / "checkpoint")
@@ -57,6 +58,7 @@ def test_the_level_of_products_is_in_the_report(tmp_path):
 
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])
+@pytest.mark.usefixtures("brief_calibration")
 def test_the_runtime_multiplies_blocks(precision, tmp_path):
     """Case 74: onnxruntime does not fold codes and scales back into floats when it loads a graph."""
     tiny.write_gemma4(tmp_path / "checkpoint")

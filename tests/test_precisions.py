@@ -86,6 +86,7 @@ def test_the_graphs_compute_the_dequantised_model(family, precision, tmp_path, m
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 @pytest.mark.parametrize("family", ["gemma3", "gemma4"])
+@pytest.mark.usefixtures("brief_calibration")
 def test_a_tied_table_is_stored_once(family, precision, tmp_path):
     getattr(tiny, f"write_{family}")(tmp_path / "checkpoint", vocab_size=4096)
     export(tmp_path / "checkpoint", tmp_path / "bundle", ExportOptions(precision=precision))
@@ -99,6 +100,7 @@ def test_a_tied_table_is_stored_once(family, precision, tmp_path):
     assert all(len(offsets) == 1 for offsets in places.values())
 
 
+@pytest.mark.usefixtures("brief_calibration")
 def test_vision_keeps_eight_bits(tmp_path):
     tiny.write_gemma4(tmp_path / "checkpoint")
     export(tmp_path / "checkpoint", tmp_path / "bundle", ExportOptions(precision="int4"))
@@ -107,6 +109,7 @@ def test_vision_keeps_eight_bits(tmp_path):
         assert {node.attributes["bits"].as_int() for node in nodes if node.op_type == "MatMulNBits"} == bits
 
 
+@pytest.mark.usefixtures("brief_calibration")
 def test_the_report_counts_bytes_by_dtype(tmp_path):
     tiny.write_gemma3(tmp_path / "checkpoint")
     report = export(tmp_path / "checkpoint", tmp_path / "bundle", ExportOptions(precision="int4"))
