@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import re
 import shlex
@@ -88,6 +89,28 @@ def test_shown_output_is_real(desk, monkeypatch, capsys):
 @pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\(([^)#:]+)\)", README))))
 def test_relative_links_exist(link):
     assert (ROOT / link).exists()
+
+
+@pytest.mark.parametrize("package", ["engine", "export"])
+def test_the_map_of_a_package_names_its_modules(package):
+    """For those who read the code: what each module is for, and none that is gone."""
+    named = set(re.findall(r"`([a-z_0-9]+)`", ast.get_docstring(ast.parse(source_of(package))) or ""))
+    there = {path.stem for path in (ROOT / package).glob("*.py") if not path.stem.startswith("__")}
+    there |= {path.parent.name for path in (ROOT / package).glob("*/*.py")}
+    whole = {name for name in there if name.startswith("calibration_")}  # one entry for all of them
+    assert there - named - whole == set()
+    assert {name for name in named if "_" in name} <= there | {"model_type"}
+
+
+def source_of(package: str) -> str:
+    return (ROOT / package / "__init__.py").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "name", sorted(path.stem for path in (ROOT / "kernels").glob("*.py") if path.stem != "__init__")
+)
+def test_the_table_of_kernels_names_each_module(name):
+    assert f"`{name}.py`" in (ROOT / "kernels" / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_options_of_run_are_all_in_the_readme():
