@@ -43,6 +43,8 @@ def find_bundle(name: str | os.PathLike[str]) -> Path:
 
     Raises BundleError naming the places that were tried.
     """
+    if not isinstance(name, str | os.PathLike):
+        raise BundleError(f"a bundle is given by its path or its name, not by {type(name).__name__}")
     path = Path(name)
     if os.path.isfile(path / MANIFEST_NAME):  # unlike Path.is_file, false for whatever cannot be a path
         return path

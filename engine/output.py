@@ -158,6 +158,8 @@ def canvas(part: Image | Pdf | Video | Audio, limits: Limits) -> PictureSource:
 
 def drawn(reply: Reply, picture: PictureSource) -> PIL.Image.Image:
     """The picture with the boxes of the reply; a page of a document as large as it is drawn, at most."""
+    if not reply.boxes:
+        note("the reply has no boxes, so none are drawn")
     height, width = picture.size
     pixels = picture.pixels(height, width)
     down, across = pixels.shape[0] / height, pixels.shape[1] / width

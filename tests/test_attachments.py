@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -90,6 +91,14 @@ def test_a_picture_from_a_pipe_is_drawn_on(siglance, monkeypatch, tmp_path, file
     assert code == 0, err
     with PillowImage.open(tmp_path / "drawn.png") as drawn:
         assert drawn.size == (8, 8)
+
+
+@pytest.mark.parametrize(("prompt", "boxes"), [("detect all", True), ("describe", False)])
+def test_a_drawing_without_boxes_says_so(siglance, tmp_path, prompt, boxes):
+    scene = Path(__file__).parent / "data" / "scene.png"
+    code, _, err = siglance("run", "-i", scene, "-p", prompt, "--draw", tmp_path / "drawn.png")
+    assert code == 0
+    assert ("the reply has no boxes, so none are drawn" in err) is not boxes
 
 
 def test_a_pipe_has_a_limit(siglance, monkeypatch):

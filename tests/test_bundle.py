@@ -164,6 +164,13 @@ def test_names_are_found_in_the_cache_and_nowhere_else(copy, tmp_path, monkeypat
             find_bundle(name)
 
 
+@pytest.mark.parametrize("name", [None, 3, b"demo", ["demo"]])
+def test_what_is_no_name_is_refused_by_its_type(name):
+    """None is what a variable of the environment gives that is not set."""
+    with pytest.raises(BundleError, match=f"not by {type(name).__name__}$"):
+        Bundle.open(name)
+
+
 def test_what_is_no_bundle_yet_says_how_it_becomes_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "checkpoint").mkdir()
