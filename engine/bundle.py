@@ -15,11 +15,10 @@ from pathlib import Path
 
 from .errors import BundleError
 from .external_data import external_files
-from .manifest import MANIFEST_NAME, FileFact, Manifest, read_manifest
+from .manifest import GRAPHS, MANIFEST_NAME, FileFact, Manifest, read_manifest
 
 __all__ = ["Bundle", "cache_folder", "demo_folder", "find_bundle"]
 
-_GRAPHS = ("vision", "audio", "embed", "decoder")
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _COMMIT = re.compile("[0-9a-f]{40}")
 MANIFEST_BYTES = 1 << 20  # a manifest is a few kilobytes; anything near this is not one
@@ -145,7 +144,7 @@ def _is_cached(path: Path) -> bool:
 def _check_weights(bundle: Bundle) -> None:
     """Raise BundleError for a graph with weights in a file that the manifest does not list, and so nothing checked."""
     listed = {fact.path for fact in bundle.manifest.files.values()}
-    for key in _GRAPHS:
+    for key in GRAPHS:
         if key in bundle.manifest.files:
             path = bundle.path(key)
             if path.suffix != ".onnx":  # onnxruntime reads another format then

@@ -14,7 +14,7 @@ from typing import overload
 import numpy as np
 
 from . import heap
-from .boxes import TEXT_TOKENS, parse_boxes
+from .boxes import parse_boxes
 from .bundle import Bundle
 from .calls import ToolChoice
 from .chat import Chat
@@ -26,15 +26,15 @@ from .grammar import Constraints, Grammar
 from .limits import DEFAULT_LIMITS, Limits
 from .parts import AudioInput, Conversation, ImageInput
 from .prefill_plan import PrefillPlan, find_boundaries
-from .preprocessing import Preprocessor, PromptOptions, ReadTurn, count_by_modality, text_ids
+from .preprocessing import Preprocessor, PromptOptions, ReadTurn, bundle_tokenizer, count_by_modality, text_ids
 from .processes import GraphTurn, OwnProcess
 from .reply import Candidate, Chunk, EncodedImage, EncodedSound, StageClock, whole_reply
 from .reuse import CACHE_BYTES, FEATURE_CACHE_BYTES, FEATURE_FOLDER_BYTES, Reuse
 from .runtime import PREFILL_CHUNK, Runtime, Session, SoftTokens
 from .sampling import Sampling
 from .self_test import VerifyReport, replay
-from .text import load_tokenizer, special_ids
-from .thinking import Markers, control_tokens
+from .text import special_ids
+from .thinking import Markers
 from .tools import ToolLike
 
 __all__ = ["DEFAULT_MAX_TOKENS", "Engine"]
@@ -81,9 +81,7 @@ class Engine:
         self.manifest = bundle.manifest
         self.limits = limits
         facts = self.manifest.reply
-        self._tokenizer = load_tokenizer(
-            bundle.path("tokenizer"), TEXT_TOKENS.get(facts.boxes, ()), control_tokens(facts)
-        )
+        self._tokenizer = bundle_tokenizer(bundle)
         heap.give_back()
         self._markers = Markers.read(self._tokenizer, facts)
         # Ids that are not text. Read once: a large tokenizer has thousands of added tokens.

@@ -8,6 +8,8 @@ from typing import Any
 from .bundle import Bundle
 from .errors import InputError
 from .graph import Device, Graph, TensorFacts
+from .manifest import GRAPHS
+from .sounds import longest_clip
 
 __all__ = ["inspect_bundle", "inspect_graph", "render"]
 
@@ -27,8 +29,7 @@ def inspect_graph(path: Path) -> dict[str, Any]:
 def inspect_bundle(bundle: Bundle) -> dict[str, Any]:
     """Facts of the manifest, the graphs, and where each decoder input comes from."""
     manifest = bundle.manifest
-    names = [name for name in ("vision", "audio", "embed", "decoder") if name in manifest.files]
-    graphs = {name: inspect_graph(bundle.path(name)) for name in names}
+    graphs = {name: inspect_graph(bundle.path(name)) for name in GRAPHS if name in manifest.files}
     state = {pair.input: pair.kind for pair in manifest.state}
     wires = {}
     for name in graphs["decoder"]["inputs"]:
@@ -36,9 +37,6 @@ def inspect_bundle(bundle: Bundle) -> dict[str, Any]:
             f"state ({state[name]})" if name in state else "embed" if name in graphs["embed"]["outputs"] else "engine"
         )
     image, audio = manifest.image, manifest.audio
-    seconds = None
-    if audio is not None:
-        seconds = audio.max_tokens * audio.frames_per_token * audio.frame_step / audio.sample_rate
     return {
         "name": manifest.name,
         "family": manifest.family,
@@ -53,7 +51,7 @@ def inspect_bundle(bundle: Bundle) -> dict[str, Any]:
         "image_budgets": list(image.budgets) if image else [],
         "default_image_budget": image.default_budget if image else None,
         "pan_and_scan": image is not None and image.pan_and_scan is not None,
-        "longest_sound_seconds": seconds,
+        "longest_sound_seconds": None if audio is None else longest_clip(audio) / audio.sample_rate,
         "prompt_layout": manifest.prompt.layout,
         "chat_template": "chat_template" in manifest.files,
         "files": {name: fact.size for name, fact in manifest.files.items()},

@@ -21,6 +21,7 @@ from .errors import BundleError, UnsupportedBundle
 __all__ = [
     "FILES",
     "FORMAT",
+    "GRAPHS",
     "MANIFEST_NAME",
     "MECHANISMS",
     "AudioFacts",
@@ -44,7 +45,8 @@ MANIFEST_NAME = "siglance.json"
 
 # Graphs ("vision" only with images, "audio" only with sound), then the rest; without a "chat_template" it is a base
 # model, always raw.
-FILES = ("vision", "audio", "embed", "decoder", "weights", "tokenizer", "chat_template", "self_test", "export")
+GRAPHS = ("vision", "audio", "embed", "decoder")
+FILES = (*GRAPHS, "weights", "tokenizer", "chat_template", "self_test", "export")
 
 # What this engine can do. A bundle lists what it needs in `requires`; anything else is refused by name.
 MECHANISMS: frozenset[str] = frozenset(
@@ -214,7 +216,7 @@ class Manifest:
     source: str
     revision: str | None
     target: str  # "cpu" | "cuda"
-    precision: str  # "fp32", later others; for people
+    precision: str  # as in `siglance export --precision`; of it the engine reads only whether it is "fp32", see `Reuse`
     requires: tuple[str, ...]
     modalities: tuple[str, ...]  # "text", "image", "video", "audio"
     context: int  # tokens, prompt and reply together

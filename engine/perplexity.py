@@ -15,12 +15,11 @@ from pathlib import Path
 
 import numpy as np
 
-from .boxes import TEXT_TOKENS
 from .bundle import Bundle
 from .errors import InputError, ModelOutputError
+from .preprocessing import bundle_tokenizer
 from .prompt import PromptBuilder
 from .runtime import Runtime
-from .text import load_tokenizer
 
 __all__ = [
     "CHUNK",
@@ -76,9 +75,7 @@ def read_text(path: Path) -> tuple[str, str]:
 
 def text_ids(bundle: Bundle, text: str) -> np.ndarray:
     """The ids of `text` as it stands, int64 [tokens], one beginning-of-sequence token in front."""
-    facts = bundle.manifest
-    tokenizer = load_tokenizer(bundle.path("tokenizer"), TEXT_TOKENS.get(facts.reply.boxes, ()))
-    return PromptBuilder(tokenizer, facts.prompt, None, None).raw(text).ids
+    return PromptBuilder(bundle_tokenizer(bundle), bundle.manifest.prompt, None, None).raw(text).ids
 
 
 def scored_rows(runtime: Runtime, ids: np.ndarray) -> Iterator[Scored]:

@@ -14,6 +14,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from .audio import AudioSource, is_sound_source, open_sound
+from .boxes import TEXT_TOKENS
 from .bundle import Bundle
 from .errors import BundleError, ContextFull, InputError, PromptError
 from .known_files import NOTHING_KNOWN, KnownFiles
@@ -27,9 +28,20 @@ from .reply import EncodedImage, EncodedSound, EncodedVideo, StageClock
 from .sounds import PreparedSound, longest_clip, prepare
 from .sources import FileSource
 from .template import ChatTemplate
+from .text import load_tokenizer
+from .thinking import control_tokens
 from .tools import ToolCall, ToolLike, ToolResult, read_tools, strings
 
-__all__ = ["Prepared", "Preprocessor", "PromptOptions", "ReadTurn", "count_by_modality", "text_ids", "tower_identity"]
+__all__ = [
+    "Prepared",
+    "Preprocessor",
+    "PromptOptions",
+    "ReadTurn",
+    "bundle_tokenizer",
+    "count_by_modality",
+    "text_ids",
+    "tower_identity",
+]
 
 _SOON_TOKENISED = 1_000_000  # characters: one to four seconds
 
@@ -241,6 +253,15 @@ def _characters(part: object) -> int:
         return len(part.text) if isinstance(part.text, str) else 0
     value = part.arguments if isinstance(part, ToolCall) else part.result if isinstance(part, ToolResult) else None
     return sum(map(len, strings(value)))
+
+
+def bundle_tokenizer(bundle: Bundle) -> Tokenizer:
+    """The tokenizer of a bundle, with the tokens that its replies make text and those that they keep from being text.
+
+    Raises BundleError.
+    """
+    facts = bundle.manifest.reply
+    return load_tokenizer(bundle.path("tokenizer"), TEXT_TOKENS.get(facts.boxes, ()), control_tokens(facts))
 
 
 def tower_identity(manifest: Manifest) -> str:

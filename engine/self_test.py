@@ -12,15 +12,14 @@ from typing import Any
 
 import numpy as np
 
+from ..kernels.patches import Patches
 from .bundle import Bundle
 from .errors import BundleError, ModelOutputError
 from .graph import Device, Graph, has_device, resolve_device
 from .image_policy import POLICIES
 from .manifest import AudioFacts, ImageFacts
 from .runtime import Runtime, SoftTokens, encode, hear
-
-from ..kernels.audio import FRAME_COUNTS, soft_token_count  # isort: skip
-from ..kernels.patches import Patches  # isort: skip
+from .sounds import count_soft_tokens, longest_clip
 
 __all__ = ["CaseResult", "VerifyReport", "formula_picture", "formula_sound", "record", "replay"]
 
@@ -69,7 +68,7 @@ def _record_media(bundle: Bundle, device: Device, prepack: bool) -> dict[str, np
         audio = Graph(bundle.path("audio"), device, prepack=prepack)
         width = audio.outputs["soft_tokens"].shape[-1]
         samples = _sound_case(sound)["samples"]
-        soft["audio"] = hear(audio, formula_sound(samples), _sound_tokens(samples, sound), int(width))
+        soft["audio"] = hear(audio, formula_sound(samples), count_soft_tokens(samples, sound), int(width))
     return soft
 
 
@@ -130,11 +129,7 @@ def _picture_case(facts: ImageFacts) -> dict[str, int]:
 
 def _sound_case(facts: AudioFacts) -> dict[str, int]:
     """Half a second, or as much as the model takes."""
-    return {"samples": min(facts.sample_rate // 2, facts.frame_step * facts.frames_per_token * facts.max_tokens)}
-
-
-def _sound_tokens(samples: int, facts: AudioFacts) -> int:
-    return soft_token_count(FRAME_COUNTS[facts.policy](samples, facts.frame_step), facts.frames_per_token)
+    return {"samples": min(facts.sample_rate // 2, longest_clip(facts))}
 
 
 def _patches(picture: dict[str, int], facts: ImageFacts) -> Patches:
@@ -175,9 +170,9 @@ def _replay_soft_tokens(
         if heard is None:
             raise BundleError("self_test.json has a sound, the bundle has no audio input")
         samples = sound["samples"]
-        if not 0 < samples <= heard.frame_step * heard.frames_per_token * heard.max_tokens:
+        if not 0 < samples <= longest_clip(heard):
             raise BundleError(f"self_test.json has a sound of {samples} samples, which the model does not take")
-        return runtime.hear(formula_sound(samples), _sound_tokens(samples, heard))
+        return runtime.hear(formula_sound(samples), count_soft_tokens(samples, heard))
     if picture is None:
         return None
     if facts is None:

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from siglance.engine import cli, perplexity
+from siglance.engine import Engine, Text, cli, perplexity
 from siglance.engine.bundle import Bundle
 from siglance.engine.errors import InputError, ModelOutputError
 from siglance.engine.runtime import Runtime
@@ -73,6 +73,22 @@ def test_equals_a_direct_computation(bundle):
     assert found.standard_error == pytest.approx(
         np.exp(np.mean(expected)) * np.std(expected, ddof=1) / 510**0.5, rel=1e-3
     )
+
+
+def test_the_text_is_encoded_as_a_raw_prompt_is(tmp_path):
+    """Control tokens that it spells stay text, also those of replies that the tokenizer does not mark as special."""
+    tiny.write_gemma4(tmp_path / "checkpoint")
+    path = tmp_path / "checkpoint" / "tokenizer.json"
+    facts = json.loads(path.read_text(encoding="utf-8"))
+    for token in facts["added_tokens"]:
+        token["special"] &= token["content"] != "<|tool_call>"
+    path.write_text(json.dumps(facts), encoding="utf-8")
+    export(tmp_path / "checkpoint", tmp_path / "bundle")
+    bundle, text = Bundle.open(tmp_path / "bundle"), "a <|tool_call> and a <|channel>"
+    found = perplexity.text_ids(bundle, text).tolist()
+    with Engine(bundle, threads=1) as engine:
+        assert found == list(engine.generate(Text(text), raw=True, max_tokens=1).prompt_token_ids)
+        assert engine._tokenizer.token_to_id("<|tool_call>") not in found
 
 
 def test_a_model_that_knows_nothing_is_as_uncertain_as_its_vocabulary():
