@@ -67,4 +67,7 @@ def create_app(service: Service, settings: Settings, makers: Sequence[MakeProtoc
     own = [Route("/health", health), Route("/metrics", metrics), Route("/openapi.json", openapi)]
     routes = [*own, *(route for protocol in protocols for route in protocol.routes)]
     gate = Middleware(Gate, protocols=protocols, settings=settings, metrics=service.metrics)  # pyright: ignore
-    return Starlette(routes=routes, middleware=[gate], exception_handlers={HTTPException: failed})
+    app = Starlette(routes=routes, middleware=[gate], exception_handlers={HTTPException: failed})
+    # A redirection would name the address that the client has used, which behind a proxy leads nowhere.
+    app.router.redirect_slashes = False
+    return app

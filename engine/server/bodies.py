@@ -31,6 +31,7 @@ MAX_VALUES = 1_000_000
 """Values of one body, about: a million empty lists take 64 MB."""
 
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+_NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?")
 _WORD = re.compile(r"(?<!^)(?=[A-Z])")
 
 
@@ -178,7 +179,8 @@ class Fields:
 
     def __init__(self, data: dict[str, Any], place: str = "", *, both_cases: bool = False):
         """`place` is where the object is in the body, "" for the body itself. With `both_cases` a field that is asked
-        for as "topP" may be spelt "top_p" too; given in both spellings it is refused."""
+        for as "topP" may be spelt "top_p" too; given in both spellings it is refused. As Google's own parser does, it
+        then also takes numbers that are written as texts, and choices in small letters."""
         self._data = data
         self._both_cases = both_cases
         self._taken: set[str] = set()
@@ -223,6 +225,7 @@ class Fields:
         value = self.value(name)
         if value is None:
             return None
+        value = self._written(value)
         if isinstance(value, float) and value.is_integer():  # 1.0 is one; clients of typed languages write it so
             value = int(value)
         if not isinstance(value, int) or isinstance(value, bool):
@@ -235,6 +238,7 @@ class Fields:
         value = self.value(name)
         if value is None:
             return None
+        value = self._written(value)
         if not isinstance(value, int | float) or isinstance(value, bool):
             raise self._wrong(name, value, f"a number{_between(low, high)}")
         self._check_range(name, value, low, high)
@@ -253,6 +257,8 @@ class Fields:
     def choice(self, name: str, values: Collection[str]) -> str | None:
         """One of `values`."""
         value = self.value(name)
+        if self._both_cases and isinstance(value, str):
+            value = next((each for each in values if each.lower() == value.lower()), value)
         if value is not None and (not isinstance(value, str) or value not in values):
             raise self._wrong(name, value, f"one of {', '.join(values)}")
         return value
@@ -316,6 +322,13 @@ class Fields:
             place = f"{self.place}." if self.place else ""
             raise Failure(400, f"{place}{name} is given twice, also as {other}", field=place + name)
         return other
+
+    def _written(self, value: object) -> object:
+        """The number that a text stands for, where texts may."""
+        if self._both_cases and isinstance(value, str) and len(value) <= 40 and _NUMBER.fullmatch(value):
+            number = int(value) if value.lstrip("-").isdecimal() else float(value)
+            return number if math.isfinite(number) else value
+        return value
 
     def _check_range(self, name: str, value: float, low: float | None, high: float | None) -> None:
         if (low is not None and value < low) or (high is not None and value > high):

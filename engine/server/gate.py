@@ -52,6 +52,7 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        scope["path"] = _path(scope["path"])
         begin, status, held, whole = perf_counter(), 0, 0, False
 
         async def take() -> Message:
@@ -179,6 +180,12 @@ def _given_keys(headers: Headers, scope: Scope) -> list[str]:
     if query.count("&") <= _MOST_FIELDS:
         given += urllib.parse.parse_qs(query).get("key", ())
     return [key for key in given if key]
+
+
+def _path(target: str) -> str:
+    """The path of a request, which proxies may write with the whole address in front."""
+    scheme, _, rest = target.partition("://")
+    return f"/{rest.partition('/')[2]}" if scheme.lower() in ("http", "https") else target
 
 
 def _without_port(host: str) -> str:

@@ -35,7 +35,7 @@ WRONG_BODIES = {
     "systemInstruction.parts[0].thought is not known": HI
     | {"systemInstruction": {"parts": [{"text": "", "thought": True}]}},
     "cachedContent is not known": HI | {"cachedContent": "cachedContents/1"},
-    "labels is not known": HI | {"labels": {}},
+    "labels.a is 1, expected a text": HI | {"labels": {"a": 1}},
     "safety_settings, safetySettings": HI | {"safetySettings": [], "safety_settings": []},
     "model is 'models/other', another one than": HI | {"model": "models/other"},
     "tools[0].googleSearch is not known": HI | {"tools": [{"googleSearch": {}}]},
@@ -47,8 +47,8 @@ WRONG_BODIES = {
     | {"tools": {"functionDeclarations": {"name": "f", "parameters": {}, "parametersJsonSchema": {}}}},
     "toolConfig.functionCallingConfig.mode is ANY, and no functions are declared": HI
     | {"toolConfig": {"functionCallingConfig": {"mode": "ANY"}}},
-    "toolConfig.functionCallingConfig.mode is 'auto', expected one of": HI
-    | {"toolConfig": {"functionCallingConfig": {"mode": "auto"}}},
+    "toolConfig.functionCallingConfig.mode is 'some', expected one of": HI
+    | {"toolConfig": {"functionCallingConfig": {"mode": "some"}}},
     "toolConfig.retrievalConfig is not known": HI | {"toolConfig": {"retrievalConfig": {}}},
     "safetySettings.category is 'HATE', expected one of": HI
     | {"safetySettings": {"category": "HATE", "threshold": "OFF"}},
@@ -109,6 +109,38 @@ def test_generation_config(manifest):
     assert request_of(HI | {"generationConfig": {"responseLogprobs": False}}, manifest).logprobs is None
 
 
+def test_numbers_may_be_texts(manifest):
+    """As in all JSON of protocol buffers, whose 64-bit integers are always texts."""
+    plain = {"temperature": 0.5, "topP": 1, "topK": 3, "maxOutputTokens": 7, "seed": -1, "frequencyPenalty": -0.02}
+    texts = {"temperature": "0.5", "topP": "1", "topK": "3.0", "maxOutputTokens": "7", "seed": "-1"}
+    read = request_of(HI | {"generationConfig": plain}, manifest)
+    again = request_of(HI | {"generationConfig": texts | {"frequencyPenalty": "-2e-2"}}, manifest)
+    assert (again.sampling, again.max_tokens) == (read.sampling, read.max_tokens)
+
+
+def test_choices_may_be_small(manifest):
+    """Examples of Google's own write {"mode": "none"}."""
+    body = HI | {
+        "tools": [{"functionDeclarations": [{"name": "f"}]}],
+        "toolConfig": {"functionCallingConfig": {"mode": "none"}},
+        "safetySettings": [{"category": "harm_category_harassment", "threshold": "block_only_high"}],
+        "generationConfig": {"responseMimeType": "Application/JSON"},
+    }
+    read = asked(body, manifest)
+    assert read.options["tool_choice"] == "none"
+    assert "BLOCK_ONLY_HIGH for HARM_CATEGORY_HARASSMENT" in read.unenforced
+    assert read.options["format"] is not None
+
+
+def test_labels_change_nothing(manifest):
+    labels = {"labels": {"team": "research"}}
+    blob = {"inlineData": {"mimeType": "text/plain", "data": "aGk="}}
+    named = {"inlineData": {**blob["inlineData"], "displayName": "greeting.txt"}}
+    plain, labelled = ({"contents": [{"parts": [part]}]} for part in (blob, named))
+    read, again = request_of(plain, manifest), request_of(labelled | labels, manifest)
+    assert again.stream_arguments() == read.stream_arguments()
+
+
 WRONG_CONFIGS = {
     "temperature is 2.5, it must be between 0 and 2": {"temperature": 2.5},
     "temperature is -0.1, it must be between 0 and 2": {"temperature": -0.1},
@@ -121,7 +153,7 @@ WRONG_CONFIGS = {
     "maxOutputTokens is 0, it must be between 1 and": {"maxOutputTokens": 0},
     "maxOutputTokens is -1, it must be between 1 and": {"maxOutputTokens": -1},
     "maxOutputTokens is 1.5, expected an integer": {"maxOutputTokens": 1.5},
-    "maxOutputTokens is '10', expected an integer": {"maxOutputTokens": "10"},
+    "maxOutputTokens is 0, it must be between": {"maxOutputTokens": "0"},
     "maxOutputTokens is true, expected an integer": {"maxOutputTokens": True},
     "stopSequences has 6 items, over the limit of 5": {"stopSequences": ["a"] * 6},
     "stopSequences has an empty text": {"stopSequences": [""]},
@@ -152,7 +184,17 @@ WRONG_CONFIGS = {
         "mediaResolution": "MEDIA_RESOLUTION_ULTRA_HIGH"
     },
     "speechConfig is not known": {"speechConfig": {}},
-    "thinkingConfig.thinkingLevel is not known": {"thinkingConfig": {"thinkingLevel": "HIGH"}},
+    "thinkingConfig.thinkingLevel is 'SOME', expected one of": {"thinkingConfig": {"thinkingLevel": "SOME"}},
+    "thinkingConfig.thinkingLevel and thinkingBudget exclude": {
+        "thinkingConfig": {"thinkingLevel": "HIGH", "thinkingBudget": -1}
+    },
+    "topK is 5.5, expected an integer": {"topK": "5.5"},
+    "topK is '٥', expected an integer": {"topK": "٥"},
+    "topK is ' 5', expected an integer": {"topK": " 5"},
+    "temperature is 'NaN', expected a number": {"temperature": "NaN"},
+    "temperature is '', expected a number": {"temperature": ""},
+    "temperature is '1e999', expected a number": {"temperature": "1e999"},
+    "topP is true, expected a number": {"topP": True},
     "thinkingConfig.thinkingBudget is 5, but thoughts cannot": {"thinkingConfig": {"thinkingBudget": 5}},
     "maxOutputTokens is given twice": {"maxOutputTokens": 1, "max_output_tokens": 1},
 }
@@ -171,6 +213,9 @@ def test_thinking(manifest):
         ({"includeThoughts": True}, True, True),
         ({"include_thoughts": False, "thinking_budget": -1}, True, False),
         ({"thinkingBudget": 0}, False, False),
+        ({"thinkingLevel": "low"}, True, False),
+        ({"thinkingLevel": "HIGH", "includeThoughts": True}, True, True),
+        ({"thinkingLevel": "THINKING_LEVEL_UNSPECIFIED"}, False, False),
     ):
         read = asked(HI | {"generationConfig": {"thinkingConfig": config}}, manifest)
         assert (read.options["thinking"], read.thoughts) == (thinking, thoughts)
@@ -330,8 +375,8 @@ def test_schemas():
     ("value", "message"),
     [
         ({"type": 3}, "s.type is 3, expected a text"),
-        ({"maxItems": "-1"}, "s.maxItems is '-1', expected an integer"),
-        ({"maxItems": "9" * 30}, "s.maxItems is '999"),
+        ({"maxItems": "-1"}, "s.maxItems is -1, it must be between 0 and"),
+        ({"maxItems": "9" * 30}, "s.maxItems is 999999999999999999999999999999, it must be"),
         ({"items": []}, "s.items is a list, expected an object"),
         ({"properties": {"a": None}}, "s.properties.a is null, expected an object"),
         ({"properties": {"a": {}}, "propertyOrdering": ["b"]}, "s.propertyOrdering has 'b', which is no property"),

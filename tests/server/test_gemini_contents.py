@@ -124,8 +124,8 @@ WRONG_PARTS = {
     "mimeType is 'image/png,x', which is no media type": blob("image/png,x"),
     "expected one of image/*, application/pdf, video/*, audio/*, text/*": blob("application/zip"),
     "contents[0].parts[0].inlineData is not UTF-8 at byte 0": blob("text/plain"),
-    "contents[0].parts[0].inlineData.displayName is not known": {
-        "inlineData": {"mimeType": "image/png", "data": "AAAA", "displayName": "a"}
+    "contents[0].parts[0].inlineData.displayName is 1, expected a text": {
+        "inlineData": {"mimeType": "image/png", "data": "AAAA", "displayName": 1}
     },
     "videoMetadata goes with a video, not with image/png": blob("image/png", videoMetadata={}),
     "videoMetadata.startOffset is '1.5', expected seconds such as '1.5s'": blob(

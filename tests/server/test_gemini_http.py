@@ -28,7 +28,7 @@ DESCRIBE = {"contents": [{"parts": [{"text": "describe"}]}]}
 BETA = "/v1beta/models/demo"
 PROJECT = "/projects/my-project/locations/here/publishers/google/models/demo"
 PLACES = [
-    *("/v1beta/models/demo", "/v1/models/demo", "/v1beta/models/default"),
+    *("/v1beta/models/demo", "/v1/models/demo", "/v1alpha/models/demo", "/v1beta/models/default"),
     *(f"{version}{place}" for version in ("/v1", "/v1beta1") for place in (PROJECT, "/publishers/google/models/demo")),
 ]
 
@@ -84,7 +84,15 @@ def test_every_path_answers(server, answer, place):
 
 def test_whose_paths_are_whose():
     """The two APIs meet in /v1/models: OpenAI has it, and Google what is below it with a verb."""
-    for path in ("/v1beta", "/v1beta/x", "/v1beta1/models", "/v1/models/demo:x", "/v1/projects/p", "/v1/publishers"):
+    for path in (
+        "/v1alpha",
+        "/v1beta",
+        "/v1beta/x",
+        "/v1beta1/models",
+        "/v1/models/demo:x",
+        "/v1/projects/p",
+        "/v1/publishers",
+    ):
         assert owns(path)
     for path in (
         "/v1/models",
@@ -415,7 +423,7 @@ def test_the_document(server):
         for path, item in document["paths"].items()
         if ":" in path
     }
-    assert len(posted) == 18
+    assert len(posted) == 21
     for path, example in posted.items():
         filled = path.replace("{model}", "demo").replace("{project}", "p").replace("{location}", "l")
         assert server.post(filled, example).status == 200

@@ -579,6 +579,28 @@ def test_everything_else_is_locked(locked, path, headers):
         assert ("toy" in answer.json()) == path.startswith("/toy")
 
 
+def test_a_path_with_the_address_in_front(running, locked):
+    """As proxies write it, and RFC 9112 wants it to be taken."""
+    for server, path, status in (
+        (running, b"http://localhost/health", b"200"),
+        (running, b"HTTP://localhost:1/toy", b"405"),
+        (running, b"http://localhost", b"404"),
+        (running, b"http://[/", b"404"),
+        (locked, b"http://localhost/metrics", b"401"),
+        (locked, b"http://localhost/health", b"200"),
+    ):
+        with server.connect() as connection:
+            connection.sendall(b"GET " + path + b" HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+            assert connection.recv(65536).split()[1] == status, path
+
+
+def test_a_slash_too_many_leads_nowhere(running):
+    """A redirection would name the address that this server is known by to itself."""
+    for method, path in (("GET", "/health/"), ("POST", "/toy/")):
+        answer = running.ask(method, path)
+        assert (answer.status, answer.headers.get("location")) == (404, None)
+
+
 def test_health_needs_no_key(locked):
     assert locked.get("/health").status == 200
 

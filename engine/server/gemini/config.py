@@ -37,6 +37,7 @@ _MAX_TOKENS = 2**31 - 1
 _SEEDS = -(2**31), 2**64 - 1  # Google's are 32 bits with a sign
 
 MODES = ("MODE_UNSPECIFIED", "AUTO", "ANY", "NONE", "VALIDATED")
+THINKING = ("THINKING_LEVEL_UNSPECIFIED", "MINIMAL", "LOW", "MEDIUM", "HIGH")
 MIME_TYPES = _PLAIN, _JSON, _ENUM = "text/plain", "application/json", "text/x.enum"
 _SCHEMAS = ("responseSchema", "responseJsonSchema")
 
@@ -91,6 +92,7 @@ def read_request(body: Fields, manifest: Manifest, models: Collection[str]) -> A
     }
     config.finish()
     unenforced = _safety(body)
+    _labels(body)
     body.finish()
     return Asked(
         turns=turns,
@@ -111,6 +113,14 @@ def read_count(body: Fields, manifest: Manifest, models: Collection[str]) -> Ask
     _check_model(body, models)
     body.finish()
     return read_request(whole, manifest, models)
+
+
+def _labels(body: Fields) -> None:
+    """Vertex AI's bills are sorted by them; they change nothing."""
+    labels = body.object("labels")
+    if labels is not None:
+        for name in body.value("labels"):
+            labels.text(name, 63)
 
 
 def _check_model(body: Fields, models: Collection[str]) -> None:
@@ -195,14 +205,17 @@ def _thinking(config: Fields) -> tuple[bool, bool]:
     if thinking is None:
         return False, False
     wanted, tokens = bool(thinking.flag("includeThoughts")), thinking.integer("thinkingBudget")
+    level = thinking.choice("thinkingLevel", THINKING)
     thinking.finish()
+    if level is not None and tokens is not None:
+        raise thinking.failure("thinkingLevel", "and thinkingBudget exclude each other")
     if tokens not in (None, 0, -1):
         raise thinking.failure(
             "thinkingBudget", f"is {tokens}, but thoughts cannot be held to a number of tokens: 0 is off, -1 is on"
         )
     if wanted and tokens == 0:
         raise thinking.failure("includeThoughts", "is true, but thinkingBudget 0 switches thinking off")
-    return wanted or tokens == -1, wanted
+    return wanted or tokens == -1 or level not in (None, THINKING[0]), wanted
 
 
 # --- tools

@@ -7,12 +7,12 @@ from typing import Any
 
 from ...logprobs import MAX_LOGPROBS
 from ..service import DEFAULT_MODEL
-from .config import MAX_CANDIDATES, MAX_PENALTY, MAX_STOPS, MAX_TEMPERATURE, MIME_TYPES, MODES, THRESHOLDS
+from .config import MAX_CANDIDATES, MAX_PENALTY, MAX_STOPS, MAX_TEMPERATURE, MIME_TYPES, MODES, THINKING, THRESHOLDS
 from .media import LEVELS, MAX_FPS, PART_LEVELS
 
 __all__ = ["GEMINI", "PROJECTS", "PUBLISHED", "SCHEMAS", "paths"]
 
-GEMINI = ("/v1beta/models", "/v1/models")
+GEMINI = ("/v1beta/models", "/v1alpha/models", "/v1/models")
 PUBLISHED = ("/v1beta1/publishers/google/models", "/v1/publishers/google/models")
 PROJECTS = tuple(
     published.replace("/publishers", "/projects/{project}/locations/{location}/publishers") for published in PUBLISHED
@@ -63,6 +63,7 @@ _FIELDS: dict[str, Schema] = {
     "safetySettings": _list(_ref("SafetySetting")),
     "generationConfig": _ref("GenerationConfig"),
     "model": {**_TEXT, "description": "The model of the path once more."},
+    "labels": {**_OPEN, "description": "They change nothing."},
 }
 
 SCHEMAS: dict[str, Schema] = {
@@ -89,8 +90,10 @@ SCHEMAS: dict[str, Schema] = {
             ),
         ]
     },
-    "GeminiBlob": _object("mimeType", "data", mimeType=_TEXT, data={**_TEXT, "contentEncoding": "base64"}),
-    "GeminiFileData": _object("fileUri", mimeType=_TEXT, fileUri=_TEXT),
+    "GeminiBlob": _object(
+        "mimeType", "data", mimeType=_TEXT, data={**_TEXT, "contentEncoding": "base64"}, displayName=_TEXT
+    ),
+    "GeminiFileData": _object("fileUri", mimeType=_TEXT, fileUri=_TEXT, displayName=_TEXT),
     "GeminiPartMediaResolution": {
         "oneOf": [_object("level", level={"enum": list(PART_LEVELS)}), _object("numTokens", numTokens=_COUNT)],
         "description": "numTokens is the token budget of one picture, one of those that the bundle has.",
@@ -135,7 +138,9 @@ SCHEMAS: dict[str, Schema] = {
         responseLogprobs=_FLAG,
         logprobs=_between(0, MAX_LOGPROBS, "integer"),
         mediaResolution={"enum": list(LEVELS)},
-        thinkingConfig=_object(includeThoughts=_FLAG, thinkingBudget={"enum": [0, -1]}),
+        thinkingConfig=_object(
+            includeThoughts=_FLAG, thinkingBudget={"enum": [0, -1]}, thinkingLevel={"enum": list(THINKING)}
+        ),
     ),
     "GeminiReply": _answer(
         "candidates",
@@ -223,9 +228,9 @@ _ERRORS = ("400", "401", "403", "404", "408", "413", "415", "429", "500", "503")
 
 def paths(names: Sequence[str]) -> dict[str, Any]:
     """The path items, for models of these names."""
-    found = _listing(GEMINI[0], "geminiBeta", "Models", names)
+    found = _listing(GEMINI[0], "geminiBeta", "Models", names) | _listing(GEMINI[1], "geminiAlpha", "Models", names)
     for place, name in (
-        *zip(GEMINI, ("geminiBeta", "gemini"), strict=True),
+        *zip(GEMINI, ("geminiBeta", "geminiAlpha", "gemini"), strict=True),
         *zip(PUBLISHED, ("vertexBeta", "vertex"), strict=True),
         *zip(PROJECTS, ("vertexBetaProject", "vertexProject"), strict=True),
     ):

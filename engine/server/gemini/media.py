@@ -34,6 +34,7 @@ def read_file(part: Fields, kind: str, manifest: Manifest, resolution: str | Non
     where = source.text(name)
     if where is None:
         raise source.missing(name)
+    source.text("displayName", 1024)  # a label
     family, subtype, parameters = _media_type(source, needed=kind == "inlineData")
     source.finish()
     clip = _clip(part)

@@ -1,7 +1,7 @@
 """The paths of the Gemini API and of Vertex AI, and what answers them.
 
-    /v1beta, /v1      models, models/M, models/M:generateContent, :streamGenerateContent, :countTokens
-    /v1beta1, /v1     the same below publishers/google and projects/P/locations/L/publishers/google
+    /v1beta, /v1alpha, /v1      models, models/M, models/M:generateContent, :streamGenerateContent, :countTokens
+    /v1beta1, /v1               the same below publishers/google and projects/P/locations/L/publishers/google
 
 OpenAI's API has /v1/models and /v1/models/M too. They are answered in Google's form if the request comes from one of
 Google's clients, which say so in headers of their own; errors there that no endpoint raises are OpenAI's.
@@ -39,7 +39,7 @@ _VERBS = ("generateContent", "streamGenerateContent", "countTokens")
 _PAGE, _LARGEST_PAGE = 50, 1000
 _ARRAY = Framing(media_type="application/json", opening="[", between=",\r\n", closing="]")
 _EVENTS = Framing(media_type="text/event-stream", before="data: ", after="\r\n\r\n")
-_OWN = re.compile(r"/v1beta1?(/.*)?|/v1/(projects|publishers|tunedModels)(/.*)?|/v1/models/[^/]+:[^/]*")
+_OWN = re.compile(r"/v1(?:beta1?|alpha)(/.*)?|/v1/(projects|publishers|tunedModels)(/.*)?|/v1/models/[^/]+:[^/]*")
 
 Endpoint = Callable[[HttpRequest], Awaitable[Response]]
 
@@ -96,8 +96,8 @@ class _Endpoints:
             *(route for models in (*GEMINI, *PUBLISHED, *PROJECTS) for route in self._verbs(models)),
             *(Route(models, list_published) for models in PUBLISHED),
             *(Route(f"{models}/{{model}}", get_published) for models in PUBLISHED),
-            Route("/v1beta/models", list_models),
-            Route("/v1beta/models/{model}", get_model),
+            *(Route(models, list_models) for models in GEMINI[:-1]),
+            *(Route(f"{models}/{{model}}", get_model) for models in GEMINI[:-1]),
             _GoogleRoute("/v1/models", list_models),
             _GoogleRoute("/v1/models/{model}", get_model),
         ]
@@ -201,6 +201,7 @@ async def _unknown_verb(http: HttpRequest) -> Response:
 
 def _check_query(http: HttpRequest, known: dict[str, Collection[str] | None]) -> None:
     """Refuse parameters of the query that are not known, or given twice, by name; `key` is the caller's key."""
+    known = {"prettyPrint": ("false",), **known}  # JavaScript clients send it; replies are in one line
     seen: set[str] = set()
     for name, value in http.query_params.multi_items():
         if name not in known and name != "key":
