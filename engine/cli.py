@@ -268,7 +268,7 @@ def export(
     random: Annotated[
         bool, typer.Option("--random", help="Random weights for the official model SOURCE: to measure size and speed.")
     ] = False,
-    accept_loss: Annotated[bool, typer.Option("--accept-loss", help="Also if little is left of the model.")] = False,
+    accept_loss: Annotated[bool, typer.Option("--accept-loss", help="Also if rounding ruins the model.")] = False,
 ) -> None:
     """Turn a checkpoint into a bundle."""
     # The one place where the runtime reaches for the exporter: its packages come with the [export] extra.
@@ -304,7 +304,7 @@ def serve(
         bool, typer.Option("--log-prompts", help="Write what is asked and answered into the log.")
     ] = False,
 ) -> None:
-    """Answer over HTTP in the protocols of Gemini, OpenAI and NVIDIA NIM."""
+    """Answer over HTTP as Gemini, OpenAI and NVIDIA NIM do."""
     try:
         from .server import command
     except ModuleNotFoundError as error:
@@ -333,7 +333,7 @@ def inspect(
     target: Annotated[str, typer.Argument(metavar="BUNDLE|FILE.onnx", help="A bundle, or one graph file.")] = "demo",
     as_json: JsonOption = False,
 ) -> None:
-    """Show what a bundle or a graph declares: inputs, outputs, wires, state, sizes."""
+    """Show what a bundle or a graph declares. That is inputs, outputs, wires, state and sizes."""
     from .inspect import inspect_bundle, inspect_graph, render
 
     path = Path(target)
@@ -365,7 +365,7 @@ def bench(
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """Measure a bundle: how fast it is here, how far from what this machine could do, what memory it takes."""
+    """Measure the speed and memory of a bundle. And how far both are from what this machine could do."""
     from .bench.command import bench_command
 
     options = {"prompt_tokens": prompt_tokens, "image_tokens": image_tokens, "new_tokens": new_tokens}
@@ -396,7 +396,7 @@ def count_tokens(
     limit: LimitOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Count the tokens of a prompt by modality, without running the model."""
+    """Count the tokens of a prompt by modality. The model does not run."""
     limits = read_limits(limit or ())
     attached = attach_all(image, pages, Scene(fps, start, end, sound), limits)
     with Engine.open(bundle, limits=limits) as engine:

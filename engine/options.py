@@ -92,7 +92,7 @@ StartOption = Annotated[
     float | None, typer.Option("--start", metavar="S", help="Second at which videos and sounds begin.")
 ]
 EndOption = Annotated[float | None, typer.Option("--end", metavar="S", help="Second at which videos and sounds end.")]
-SoundOption = Annotated[bool, typer.Option("--sound", help="Hear the videos too, if the model has ears.")]
+SoundOption = Annotated[bool, typer.Option("--sound", help="Give the model the sound of the videos too.")]
 LimitOption = Annotated[
     list[str] | None,
     typer.Option(
