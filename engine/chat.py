@@ -35,8 +35,8 @@ class Chat:
     """A conversation with an engine; `Engine.chat` makes one.
 
     A turn is added to the history when its reply is complete. One that fails, or whose stream is closed before its end,
-    leaves the conversation as it was. Pictures are read once and stay in the history encoded, so files may change or
-    go; the prompt of a turn goes on from the decoder state of the turn before. One turn runs at a time.
+    leaves the conversation as it was. Media are read once and stay in the history encoded, so files may change or
+    disappear; the prompt of a turn continues from the decoder state of the turn before. One turn runs at a time.
 
     A reply that calls tools is answered with their results: `chat.send([ToolResult(call.name, ...), ...])`.
     """
@@ -97,20 +97,14 @@ class Chat:
         logprobs: int | None = None,
         tool_choice: ToolChoice | None = None,
     ) -> Generator[Chunk, None, None]:
-        """Say something and get the reply in chunks; the last carries the whole reply, and the turn is over then.
+        """Send a turn and get the reply in chunks. The last one carries the whole reply and completes the turn.
 
-        Nothing runs before the first `next()`. Closing the generator earlier cancels the turn.
+        Nothing runs before the first `next()`. Closing the generator before the last chunk cancels the turn.
 
         Args:
-            parts: a part or a list of parts: the user's turn, or the results of what the latest reply called.
-            sampling: None is the chat's; so it is for `max_tokens` and `image_tokens`.
-            max_tokens: most tokens of the reply.
-            image_tokens: token budget of new pictures that have none of their own.
-            stop: strings that end the answer just before them.
-            stop_ids: tokens that end the answer, besides the bundle's own.
-            format: the form of the answer.
-            logprobs: see `Engine.stream`.
-            tool_choice: see `Engine.stream`; None is the chat's.
+            parts: a part or a list of parts: the user's turn, or the results of the latest reply's calls.
+            sampling, max_tokens, image_tokens, tool_choice: see `Engine.stream`; None is the chat's own.
+            stop, stop_ids, format, logprobs: see `Engine.stream`.
 
         Raises InputError and ModelOutputError like `Engine.stream`, and InputError while another reply is streaming.
         """

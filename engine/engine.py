@@ -67,14 +67,15 @@ class Engine:
             bundle: an opened bundle.
             device: "auto" (what the bundle was exported for), "cpu", "cuda" or "cuda:N".
             threads: None is as many as the cores this process may use.
-            limits: bounds of the pictures and documents of every request.
-            cache_bytes: memory for decoder states of earlier requests, from which later ones that begin alike go on;
-                0 keeps none. Bundles in which the whole prompt sees itself ("attention:prefix") never keep any.
-            feature_cache_bytes: memory for soft tokens of pictures seen before; 0 keeps none.
-            feature_cache_dir: a folder to keep soft tokens in over the end of the process, None for none.
+            limits: bounds of the pictures, documents, videos and sounds of every request.
+            cache_bytes: memory for the decoder states of earlier requests, from which later ones with the same
+                beginning continue; 0 keeps none. Bundles whose prompts attend in both directions ("attention:prefix")
+                never keep any.
+            feature_cache_bytes: memory for the soft tokens of pictures and sounds seen before; 0 keeps none.
+            feature_cache_dir: a folder that keeps soft tokens beyond the end of the process, None for none.
             feature_cache_dir_bytes: how large that folder may grow.
 
-        Raises BundleError, DeviceError, InputError.
+        Raises BundleError, DeviceError or InputError.
         """
         self._process = OwnProcess()  # the first attribute, so that pickling meets it first
         self.bundle = bundle
@@ -131,7 +132,7 @@ class Engine:
         self.close()
 
     def close(self) -> None:
-        """Free the graphs and caches. The engine cannot be used afterwards; a stream that is not at its end fails."""
+        """Free the graphs and caches. The engine cannot be used afterwards, and unfinished streams fail."""
         self._runtime = None
         self._reuse.clear()
 
@@ -166,51 +167,50 @@ class Engine:
         cache: bool = True,
         cancelled: Callable[[], bool] | None = None,
     ) -> Generator[Chunk, None, None]:
-        """Answer in chunks of text; joined they are the text of the reply, which the last chunk carries.
+        """Answer in chunks. Their texts, joined, are the text of the reply; the last chunk carries the whole reply.
 
-        Nothing runs before the first `next()`. Closing the generator cancels the work; `cancelled` does it while the
-        generator runs.
+        Nothing runs before the first `next()`. Closing the generator cancels the work; `cancelled` does so within one.
 
         Args:
             conversation: a part, a list of parts (one user turn) or a list of `Turn`. A part is text, a picture, a
                 sound, a PDF or a video; see `PartLike` for how a plain `str` is told apart.
-            system: text of a system turn in front.
-            image_tokens: token budget of every picture that has none of its own; None is the bundle's default. Frames
-                of videos have another one, see `Video`.
-            max_tokens: most tokens of the reply.
+            system: text of a system turn in front of the conversation.
+            image_tokens: soft tokens of every picture that has no budget of its own; None is the bundle's default.
+                Frames of videos have a budget of their own, see `Video`.
+            max_tokens: greatest number of tokens in the reply, thoughts and calls included.
             sampling: fields that are None take the bundle's defaults.
-            stop: strings that end the answer just before them, any number. Thoughts and calls do not end with them.
-            stop_ids: tokens that end the answer, besides the bundle's own.
-            format: the form of the answer. What is forced by it is not drawn and runs in one pass.
-            candidates: how many replies, 1 to 128, after one run of the prompt. They are written one after the other;
-                each has a seed of its own, and the first is the reply that a single candidate would be.
-            logprobs: report the log-probability of each token, and of this many most probable ones at its place, 0 to
-                20. With a format each forced token then takes a run of its own.
-            tools: functions that the model may call, as `Tool` or as declarations of OpenAI's API. What it calls is in
-                `Reply.tool_calls`; `[*conversation, Turn.of(reply), Turn("tool", [ToolResult(...), ...])]` goes on.
-                With a `format` a reply is either in its form or calls.
-            tool_choice: whether the model may call, or must, and what: see `ToolChoice`.
+            stop: strings that end the answer; they are not part of it. They do not apply to thoughts and calls.
+            stop_ids: token ids that end the answer, besides the bundle's own.
+            format: the grammar of the answer. Tokens that it forces are not sampled, and run in one pass.
+            candidates: number of replies, 1 to 128; the prompt runs once. They are generated one after another, each
+                with its own seed; the first is the reply that a request for one would get.
+            logprobs: report the log-probability of each token, and of this many most probable tokens at its position,
+                0 to 20. With a `format` each forced token then takes a run of its own.
+            tools: functions that the model may call, as `Tool` or as declarations of OpenAI's API. Its calls are in
+                `Reply.tool_calls`; continue with `[*conversation, Turn.of(reply), Turn("tool", [ToolResult(...)])]`.
+                With a `format` a reply either has that form or consists of calls.
+            tool_choice: whether the model may or must call, and which tools: see `ToolChoice`.
             parallel_tool_calls: whether a reply may make several calls; otherwise it ends with the first.
-            thinking: let the model think before it answers; the thought is apart from the text, and counts among
-                `max_tokens`. Bundles whose model or chat template does not know tools or thinking refuse them.
+            thinking: let the model think before it answers; the thought is separate from the text. Bundles whose model
+                or chat template does not support tools or thinking refuse them.
             raw: complete the text as it stands, without the chat template. Bundles of base models are always raw.
-                There are no roles then: one user turn, and no system text.
+                There are no roles then: one user turn and no system text.
             prompt_ids: the whole prompt as token ids; the conversation then holds media only, in the order of the runs
                 of soft tokens.
-            pan_and_scan: show long pictures in crops too, each with as many tokens as the whole picture. Only bundles
-                whose manifest has facts for it can do that (Gemma 3).
-            prefill_chunk: tokens of the prompt that run at once, more where tokens that see each other would be parted.
-            cache: go on from what earlier requests left, and leave something for later ones. A reply is the same with
-                and without up to rounding; where bit for bit repetition matters, switch it off.
-            cancelled: asked before each file, run of a graph and chunk of the prompt whether to stop there.
+            pan_and_scan: show long pictures in crops too, each with as many tokens as the whole picture. Only for
+                models that were trained with it (Gemma 3).
+            prefill_chunk: prompt tokens that run at once; more where tokens that attend to each other would be split.
+            cache: continue from states of earlier requests, and keep states for later ones. The reply is the same with
+                and without it up to rounding; where bit-for-bit repetition matters, switch it off.
+            cancelled: called before each file, graph run and chunk of the prompt; returns whether to stop there.
 
         Raises:
             InputError: a part, budget, sampling value, limit or format cannot be used (ImageError, DocumentError,
-                AudioError, PromptError, SamplingError, GrammarError), or the prompt does not fit (ContextFull).
-                Nothing has run then; only damage inside a page shows when the page is drawn, and a grammar may become
-                too expensive.
-            ModelOutputError: the model gave something that cannot be decoded.
-            Cancelled: `cancelled` has said so.
+                VideoError, AudioError, PromptError, SamplingError, GrammarError), or the prompt does not fit the
+                context (ContextFull). No graph has run then, except where damage shows when a page or frame is
+                decoded, or a grammar becomes too expensive.
+            ModelOutputError: the model produced something that cannot be decoded, such as non-finite logits.
+            Cancelled: `cancelled` returned true.
         """
         clock = StageClock(cancelled=cancelled)
         rules = make_rules(
@@ -251,7 +251,7 @@ class Engine:
         thinking: bool = False,
         cache: bool = True,
     ) -> Chat:
-        """A conversation that remembers its turns. The options are those of `stream`, for every turn.
+        """A conversation that remembers its turns. The options, those of `stream`, hold for every turn.
 
         Raises PromptError for a bundle without a chat template.
         """
@@ -275,7 +275,10 @@ class Engine:
     def encode(
         self, source: ImageInput | AudioInput, *, image_tokens: int | None = None
     ) -> EncodedImage | EncodedSound:
-        """Run the tower once, to ask many questions about one picture (the whole of it, never crops) or `Audio`."""
+        """Soft tokens float32 [n, D] of one picture (never crops) or `Audio`: pass them in place of it, and again.
+
+        Raises InputError for text, a video, or several pages or clips, and like `stream` for what cannot be read.
+        """
         return encode_source(self, source, image_tokens)
 
     def count_tokens(
@@ -289,7 +292,7 @@ class Engine:
         raw: bool = False,
         pan_and_scan: bool = False,
     ) -> dict[str, int]:
-        """Prompt tokens by modality and in "total", without running a graph; also of a prompt that is too long."""
+        """Prompt tokens by modality and in "total", even if they are too many; no graph runs. Raises InputError."""
         files = self._reuse.files
         turns = self._preprocessor.read(conversation, StageClock(), system, image_tokens, pan_and_scan, files)
         options = PromptOptions(raw=raw, tools=tools, thinking=thinking)
@@ -308,7 +311,7 @@ class Engine:
         prompt_ids: Sequence[int] | None = None,
         pan_and_scan: bool = False,
     ) -> np.ndarray:
-        """Logits of every row of the prompt, float32 [prompt tokens, vocabulary]."""
+        """Logits of every row of the prompt, float32 [prompt tokens, vocabulary]. Raises like `stream`."""
         clock = StageClock()
         turns = self._preprocessor.read(conversation, clock, system, image_tokens, pan_and_scan, self._reuse.files)
         options = PromptOptions(raw=raw, prompt_ids=prompt_ids, tools=tools, thinking=thinking)
@@ -318,7 +321,7 @@ class Engine:
             return self.runtime.session().prompt_logits(prepared.prompt.ids, soft)
 
     def verify(self) -> VerifyReport:
-        """Replay the bundle's self-test on this engine's device."""
+        """Replay the bundle's self-test on this engine's device. Raises BundleError if there is none to replay."""
         with self._turn:
             return replay(self.bundle, self.runtime)
 

@@ -318,12 +318,8 @@ def _check(manifest: Manifest) -> None:
         _require(name in FILES, "files", name, f"one of {', '.join(FILES)}")
     for name in ("embed", "decoder", "tokenizer"):
         _require(name in manifest.files, "files", sorted(manifest.files), f"an entry '{name}'")
-    _require(
-        manifest.reply.boxes in ("box_2d", "loc", "none"),
-        "reply.boxes",
-        manifest.reply.boxes,
-        "'box_2d', 'loc' or 'none'",
-    )
+    boxes = manifest.reply.boxes
+    _require(boxes in ("box_2d", "loc", "none"), "reply.boxes", boxes, "'box_2d', 'loc' or 'none'")
     for index, pair in enumerate(manifest.state):
         _require(pair.kind in ("global", "window"), f"state[{index}].kind", pair.kind, "'global' or 'window'")
     known = "text" in manifest.modalities and set(manifest.modalities) <= {"text", "image", "video", "audio"}

@@ -36,12 +36,14 @@ _Arguments = ParamSpec("_Arguments")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class EncodedImage:
-    """An image that has been through the vision tower; pass it instead of the image to ask again for free.
+    """An image that has been through the vision tower; pass it in place of the image to ask again at no cost.
 
-    `soft_tokens` is float32 [n, D]; `size` is (height, width) of the upright image in pixels, or of the page in points;
-    `bundle` is the weights' SHA-256 of the bundle that made it, because soft tokens of one model mean nothing to
-    another; `modality` is "image" or "document"; `content` is the key of what the vision tower saw. `soft_tokens` are
-    not to be written to: caches hold them too.
+    Attributes:
+        soft_tokens: float32 [n, D]. Read-only, because caches hold the same array.
+        size: (height, width) of the upright image in pixels, or of the page in points.
+        bundle: SHA-256 of the graphs and weights that made it: soft tokens of one model mean nothing to another.
+        modality: "image" or "document".
+        content: the key of the patches that the vision tower was given.
     """
 
     soft_tokens: np.ndarray = field(repr=False)
@@ -57,7 +59,7 @@ class EncodedImage:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class EncodedVideo:
-    """The chosen frames of a video, each encoded, and when each is shown, in seconds: what a chat remembers of one."""
+    """The chosen frames of a video, each encoded, and their times in seconds: what a chat remembers of a video."""
 
     frames: tuple[EncodedImage, ...] = field(repr=False)
     times: tuple[float, ...]
@@ -94,10 +96,14 @@ class EncodedSound:
 class Usage:
     """Token counts. The stop token that ends a reply is not part of it and not counted.
 
-    `completion_tokens` are those of all candidates; `forced_tokens` of them were not drawn, because the grammar left no
-    choice, and `thought_tokens` of them are thoughts with their markers.
-    `by_modality` splits the prompt: "image" counts the soft tokens of pictures, "document" those of pages of documents
-    "video" those of frames and "audio" those of sounds (absent if there are none), "text" everything else.
+    Attributes:
+        prompt_tokens: of the prompt, soft tokens included.
+        completion_tokens: of all candidates together.
+        by_modality: splits `prompt_tokens`: "image" counts the soft tokens of pictures, "document", "video" and "audio"
+            those of pages, frames and sounds (absent if there are none), "text" everything else.
+        cached_tokens: of the prompt, those whose state an earlier request had left.
+        forced_tokens: of the completion, those that were not sampled because the grammar left no choice.
+        thought_tokens: of the completion, those of thoughts, with their markers.
     """
 
     prompt_tokens: int
@@ -112,10 +118,14 @@ class Usage:
 class Timings:
     """Milliseconds of wall time by stage.
 
-    decode_file: reading images to upright RGB and sounds to samples; resize: resizing and cutting into patches;
-    vision, audio: the graphs that see and hear;
-    prefill: embedding and decoder over the prompt; first_token: from the start of the request to the first token;
-    per_token: mean time between tokens after the first, 0 for a reply of one; total: the whole request.
+    Attributes:
+        decode_file: reading images to upright RGB, sounds to samples.
+        resize: resizing images and cutting them into patches.
+        vision, audio: the vision and audio graphs.
+        prefill: the embed and decoder graphs over the prompt.
+        first_token: from the start of the request to the first token.
+        per_token: mean time between tokens after the first, 0 for a reply of one token.
+        total: the whole request.
     """
 
     decode_file: float
@@ -132,14 +142,22 @@ class Timings:
 class Candidate:
     """One of the replies to a prompt.
 
-    finish_reason: "stop_id" (the model ended its turn or waits for results, or the grammar lets nothing follow),
-    "stop_text" (a stop string), "length" (`max_tokens`) or "context" (no room left). `boxes` are in pixels of the
-    upright images. `truncated` says that a list of boxes was cut off, that the text ends before its grammar does, or
-    that the reply ends inside of a thought or a call. `logprobs` are None unless asked for, then one for each of
-    `token_ids`. The `seed` gives the candidate again, as a single reply.
-
-    `text` is the answer alone. `thought` is what the model thought; `thought_finished` is False where the reply ends
-    inside of a thought, so that the answer is missing. Each of `malformed_calls` is also part of the text.
+    Attributes:
+        text: the answer alone, without thoughts and calls.
+        token_ids: all ids of the reply, those of thoughts and calls included, without the stop token.
+        finish_reason: "stop_id" (the model ended its turn or waits for results, or the grammar lets nothing follow),
+            "stop_text" (a stop string), "length" (`max_tokens`) or "context" (no room left).
+        boxes: in pixels of the upright images.
+        truncated: whether a list of boxes was cut off, the text ends before its grammar does, or the reply ends inside
+            a thought or a call.
+        logprobs: one for each of `token_ids`, None unless asked for.
+        forced_tokens: how many were not sampled because the grammar left no choice.
+        seed: gives this candidate again, as a single reply.
+        thought: what the model thought.
+        thought_finished: False where the reply ends inside a thought, so that the answer is missing.
+        thought_tokens: tokens of thoughts, with their markers.
+        tool_calls: in their order.
+        malformed_calls: calls that could not be parsed; the text of each is also part of `text`.
     """
 
     text: str
@@ -159,10 +177,15 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reply:
-    """A whole reply: one or several candidates. The fields of the first can be read from the reply itself.
+    """A whole reply: one or several candidates. Most fields of the first can be read from the reply itself.
 
-    `sampling` holds the values that were really used, with the seed of the first candidate. `providers` are
-    onnxruntime's, by graph.
+    Attributes:
+        candidates: at least one.
+        prompt_token_ids: the prompt as it ran.
+        usage, timings: what it took.
+        sampling: the values that were really used, with the seed of the first candidate.
+        device: "cpu" or "cuda:N".
+        providers: onnxruntime's execution providers, by graph.
     """
 
     candidates: tuple[Candidate, ...]
@@ -216,10 +239,10 @@ class Reply:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A piece of a stream: text that has become certain, and the ids since the piece before.
+    """A piece of a stream: the text that has become certain, and the ids since the piece before.
 
-    Candidates follow one another; the pieces of one joined are its text, its thought, its calls, its ids and its
-    `logprobs` (empty unless asked for). The last piece of all carries the whole `reply`.
+    Candidates follow one another; `candidate` is the index. The pieces of one, joined, are its text, thought, calls,
+    ids and `logprobs` (empty unless asked for). The very last piece carries the whole `reply`.
     """
 
     text: str
