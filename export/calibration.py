@@ -27,7 +27,7 @@ from ..engine.errors import ExportError
 from ..kernels.gptq import ErrorFeedback
 from ..kernels.quantize import Blocks, dequantize, quantize
 from .calibration_choice import Chosen, Measured
-from .calibration_inputs import Product, embedded, products_of, sequence_length
+from .calibration_inputs import Product, embedded, head_outputs, products_of, sequence_length
 from .piecewise import LazyGraph, Piecewise, Values, place_rows
 from .plan import Span, Storage, StoredBlocks
 
@@ -247,12 +247,8 @@ class Calibration:
         return np.sort(best[largest[best] >= min(_LIKELY, float(largest[best[0]]))])
 
     def _predictions(self, head: Product, products: np.ndarray) -> np.ndarray:
-        """Log-probabilities from outputs of the head's matrix: the nodes after it, such as a soft cap, and softmax."""
-        self._piecewise.at = head.at + 1
-        self._piecewise.sequences = [{head.output: products}]
-        self._piecewise.run(len(self._piecewise.nodes))
-        [values] = self._piecewise.sequences
-        logits = values.get("logits", products)  # the head's own outputs have that name if no node follows
+        """Log-probabilities from outputs of the head's matrix."""
+        logits = head_outputs(self._piecewise, head, products)
         logits = logits - logits.max(-1, keepdims=True)
         return logits - np.log(np.exp(logits).sum(-1, keepdims=True, dtype=np.float64)).astype(np.float32)
 

@@ -10,7 +10,7 @@ import numpy as np
 from .calibration_corpus import SEQUENCE
 from .piecewise import LazyGraph, Piecewise, Values
 
-__all__ = ["Product", "embedded", "products_of", "sequence_length"]
+__all__ = ["Product", "embedded", "exact_logits", "head_outputs", "products_of", "sequence_length"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,3 +86,25 @@ def sequence_inputs(length: int) -> Values:
         "logit_rows": np.arange(length),
         "block_ends": np.zeros(length, np.int64),  # text is causal
     }
+
+
+def exact_logits(decoder: LazyGraph, sequences: list[Values]) -> list[np.ndarray]:
+    """The logits of the rows that each sequence of inputs asks for, [rows, V]; never with the whole head in memory."""
+    piecewise = Piecewise(decoder, sequences)
+    head = products_of(decoder)[-1]
+    piecewise.advance(head.at)
+    hidden = [values[head.input].reshape(-1, head.shape[1]) for values in sequences]
+    parts: list[list[np.ndarray]] = [[] for _ in sequences]
+    for rows in decoder.read_rows(head.weight):
+        for own, x in zip(parts, hidden, strict=True):
+            own.append(x @ rows.T)
+    return [head_outputs(piecewise, head, np.concatenate(own, axis=1)) for own in parts]
+
+
+def head_outputs(piecewise: Piecewise, head: Product, products: np.ndarray) -> np.ndarray:
+    """Logits from the outputs of the head's matrix: what the nodes after it make of them, such as a soft cap."""
+    piecewise.at = head.at + 1
+    piecewise.sequences = [{head.output: products}]
+    piecewise.run(len(piecewise.nodes))
+    # The head's own outputs have that name if no node follows.
+    return piecewise.sequences[0].get("logits", products)

@@ -10,6 +10,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -18,15 +19,28 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from ..engine.errors import ExportError
+from ..engine.manifest import MANIFEST_NAME
 
 if TYPE_CHECKING:
     from ..kernels.quantize import Blocks
     from .plan import Storage
 
-__all__ = ["Checkpoint", "FolderCheckpoint", "Weights", "copy_tokenizer", "write_template"]
+__all__ = [
+    "Checkpoint",
+    "FolderCheckpoint",
+    "Weights",
+    "copy_tokenizer",
+    "refuse_others",
+    "refuse_pointer",
+    "write_template",
+]
 
 SLICE_BYTES = 32 << 20  # rows of a large table are read in slices of about this size
 _SINGLE_FILE = "model.safetensors"
+# Buffers that older versions of transformers saved: they follow from the configuration.
+_BUFFERS = re.compile(r".*\.(rotary_emb\w*\.\w*inv_freq|embeddings\.position_ids|embed_tokens\.embed_scale)")
+_ADAPTER = "adapter_model.safetensors"
+_POINTER = b"version https://git-lfs"
 _DTYPES = {"F32": 4, "F16": 2, "BF16": 2, "F64": 8}
 
 
@@ -111,6 +125,8 @@ class FolderCheckpoint:
         self.revision = revision
         self.quantised = False
         self._tokenizer = tokenizer or folder / "tokenizer.json"
+        if not (folder / "config.json").is_file():
+            refuse_others(folder, str(folder))
         self.config: dict[str, Any] = self.json("config.json", required=True)
 
     def json(self, name: str, *, required: bool = False) -> dict[str, Any]:
@@ -121,7 +137,7 @@ class FolderCheckpoint:
                 raise ExportError(f"{self.folder} has no {name}")
             return {}
         try:
-            value = json.loads(path.read_text(encoding="utf-8"))
+            value = json.loads(path.read_text(encoding="utf-8-sig"))
         except (OSError, ValueError, RecursionError) as error:
             raise ExportError(f"{path} cannot be read as JSON: {error}") from None
         if not isinstance(value, dict):
@@ -159,14 +175,28 @@ class FolderCheckpoint:
         return {}
 
     def write_texts(self, folder: Path) -> dict[str, str]:
-        """Copy tokenizer.json; the template is chat_template.jinja, or else stands in tokenizer_config.json."""
+        """Copy tokenizer.json; the template is chat_template.jinja, or else stands in a JSON file."""
+        return copy_tokenizer(self._tokenizer, folder) | write_template(self._template(), folder)
+
+    def _template(self) -> str | None:
+        """The chat template. Tokenizers and processors of different ages keep it in different places."""
         path = self.folder / "chat_template.jinja"
         try:
             template = path.read_text(encoding="utf-8") if path.is_file() else None
         except (OSError, ValueError) as error:
             raise ExportError(f"{path} cannot be read as text: {error}") from None
-        template = template or self.json("tokenizer_config.json").get("chat_template")
-        return copy_tokenizer(self._tokenizer, folder) | write_template(template, folder)
+        for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
+            template = template or self.json(name).get("chat_template")
+        if not isinstance(template, list):
+            return template if isinstance(template, str) else None
+        # Older tokenizers have several, each with a name.
+        named = {each.get("name"): each.get("template") for each in template if isinstance(each, dict)}
+        if not isinstance(named.get("default"), str):
+            raise ExportError(
+                f"{self.folder} has the chat templates {sorted(map(str, named))}, of which none is called 'default': "
+                "put the one to use into chat_template.jinja"
+            )
+        return named["default"]
 
     @cached_property
     def _files(self) -> dict[str, Path]:
@@ -186,18 +216,24 @@ class FolderCheckpoint:
             )
         names = sorted(set(index.values())) if index else [path.name for path in self.folder.glob("*.safetensors")]
         names = [_SINGLE_FILE] if single else sorted(names)
-        if not names:
+        if not names or (names == [_ADAPTER] and index is None):
+            refuse_others(self.folder, str(self.folder))
             raise ExportError(f"{self.folder} has no *.safetensors file")
         files: dict[str, Path] = {}
         for name in names:
             path = self.folder / name
             if path.parent != self.folder or not path.is_file():
-                raise ExportError(f"{self.folder} has no weights file {name!r}, which its index names")
+                whose = ", which its index names" if index else ""
+                raise ExportError(f"{self.folder} has no weights file {name!r}{whose}")
             with _open_safetensors(path) as file:
                 for key in file.keys():  # noqa: SIM118 - not a dict
+                    if _BUFFERS.fullmatch(key):
+                        continue
                     dtype = file.get_slice(key).get_dtype()
                     if dtype not in _DTYPES:
                         raise ExportError(f"tensor {key!r} has dtype {dtype}; supported: {', '.join(_DTYPES)}")
+                    if ".lora_A." in key:
+                        raise ExportError(f"{name} has tensors of an adapter that is not merged, such as {key!r}")
                     if key in files:
                         raise ExportError(f"tensor {key!r} is in {files[key].name} and in {name}")
                     files[key] = path
@@ -212,7 +248,11 @@ class FolderCheckpoint:
 def copy_tokenizer(path: Path, folder: Path) -> dict[str, str]:
     """Copy the tokenizer.json at `path` to `folder`; returns manifest key -> file name."""
     if not path.is_file():
-        raise ExportError(f"{path.parent} has no {path.name}")
+        advice = (
+            "; a tokenizer.model alone is not enough: save it with transformers' fast tokenizer, or give --tokenizer"
+        )
+        raise ExportError(f"{path.parent} has no {path.name}{advice}")
+    refuse_pointer(path)
     shutil.copyfile(path, folder / "tokenizer.json")
     return {"tokenizer": "tokenizer.json"}
 
@@ -225,11 +265,45 @@ def write_template(template: Any, folder: Path) -> dict[str, str]:
     return {"chat_template": "chat_template.jinja"}
 
 
+def refuse_pointer(path: Path) -> None:
+    """Raise ExportError for what Git leaves in the place of a large file."""
+    with suppress(OSError), path.open("rb") as file:
+        if file.read(len(_POINTER)) == _POINTER:
+            raise ExportError(f"{path} is a pointer of Git LFS and not the file itself: git lfs pull")
+
+
+def refuse_others(folder: Path, name: str) -> None:
+    """Raise ExportError for a folder, called `name`, without config.json or safetensors that holds something else."""
+    if (folder / MANIFEST_NAME).is_file():
+        raise ExportError(f"{name} is a bundle already; export takes a checkpoint")
+    adapter = folder / "adapter_config.json"
+    if adapter.is_file():
+        base = re.search(r'"base_model_name_or_path"\s*:\s*"([^"]*)"', adapter.read_text("utf-8", errors="replace"))
+        raise ExportError(
+            f"{name} holds an adapter (LoRA) for {base[1] if base else 'another model'!r}, not a model: merge it "
+            "into that (peft: merge_and_unload) and save the result"
+        )
+    pickles = sorted(path.name for path in folder.glob("*.bin")) + sorted(path.name for path in folder.glob("*.pt*"))
+    if pickles and (folder / "config.json").is_file():
+        raise ExportError(
+            f"{name} has its weights in {pickles[0]}: only *.safetensors are read, because such files can hold any "
+            "code; save the model again with transformers"
+        )
+
+
 def _open_safetensors(path: Path) -> Any:
     try:
         return safe_open(path, framework="numpy")
     except (SafetensorError, OSError) as error:
+        refuse_pointer(path)
         raise ExportError(f"{path} is not a complete safetensors file: {error}") from None
+
+
+def _finite(name: str, values: np.ndarray) -> np.ndarray:
+    """`values`, unless one of them is NaN or infinite. A single number may be: a bound that bounds nothing."""
+    if values.size > 1 and not (np.isfinite(values.min()) and np.isfinite(values.max())):
+        raise ExportError(f"tensor {name!r} has values that are not finite")
+    return values
 
 
 class Weights:
@@ -257,13 +331,13 @@ class Weights:
         """Tensor `name` as float32; a shape other than `shape` is an ExportError."""
         resolved = self._resolve(name)
         self._expect(resolved, shape)
-        return self._checkpoint.read(resolved)
+        return _finite(resolved, self._checkpoint.read(resolved))
 
     def read_rows(self, name: str, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
         """Tensor `name` [rows, ...] as float32 in slices of rows."""
         resolved = self._resolve(name)
         self._expect(resolved, shape)
-        return self._checkpoint.read_rows(resolved)
+        return (_finite(resolved, rows) for rows in self._checkpoint.read_rows(resolved))
 
     def blocks(self, name: str, shape: tuple[int, ...] | None = None) -> Blocks | None:
         """Matrix `name` in the blocks that the checkpoint stores it in, or None when it is not stored in blocks."""

@@ -21,7 +21,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from ..engine.errors import ExportError
+from ..engine.errors import BundleError, ExportError
 from ..engine.manifest import (
     FORMAT,
     MANIFEST_NAME,
@@ -30,6 +30,7 @@ from ..engine.manifest import (
     PromptFacts,
     write_manifest,
 )
+from ..engine.template import ChatTemplate
 from .builder import GraphBuilder, WeightsFile
 from .calibration_run import Request, calibrate, calibrated_plan
 from .checkpoint import Checkpoint, Weights
@@ -159,6 +160,8 @@ def _write(
 ) -> ExportReport:
     progress("tokenizer")
     texts = checkpoint.write_texts(folder)
+    if "chat_template" in texts:
+        _check_template(folder / texts["chat_template"])
     request = Request(
         **dataclasses.asdict(source),
         precision=plan.precision,
@@ -257,6 +260,14 @@ def _write_graphs(
             graph.save(folder / f"{graph_name}.onnx", name)
             summaries[graph_name] = graph.summary()
     return summaries, FileFact(path="weights.bin", size=data.path.stat().st_size, sha256=data.sha256)
+
+
+def _check_template(path: Path) -> None:
+    """Raise ExportError for a chat template that no engine would open."""
+    try:
+        ChatTemplate(path.read_text(encoding="utf-8"))
+    except BundleError as error:
+        raise ExportError(str(error)) from None
 
 
 def _check_cuda(graph: GraphBuilder) -> None:

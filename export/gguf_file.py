@@ -22,6 +22,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
 from ..engine.errors import ExportError
+from .checkpoint import refuse_pointer
 
 __all__ = ["GgufFile", "Tensor"]
 
@@ -65,6 +66,7 @@ class GgufFile:
             size = path.stat().st_size
             with path.open("rb") as file:
                 if file.read(4) != MAGIC:
+                    refuse_pointer(path)
                     raise ExportError(f"{path} is not a GGUF file")
                 with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
                     header = _Header(path, mapped)

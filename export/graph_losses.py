@@ -16,7 +16,7 @@ from ..engine.graph import Device, Graph, has_device, resolve_device
 from ..engine.image_policy import POLICIES
 from ..engine.manifest import Manifest
 from ..engine.self_test import formula_picture, formula_sound
-from .calibration_inputs import embedded, sequence_length
+from .calibration_inputs import embedded, exact_logits, sequence_length
 from .calibration_run import Request
 from .piecewise import LazyGraph, Piecewise, Values
 
@@ -42,7 +42,7 @@ def measure_losses(bundle: Bundle, request: Request, prepack: bool) -> Losses:
         exact = LazyGraph(name)
         builds[name](exact)
         values = dict(inputs)
-        Piecewise(exact, [values]).finish()
+        Piecewise(exact, [values]).advance()
         rounded = Graph(bundle.path(name), device, prepack=prepack).run(inputs)
         found[name] = {"cosine": _cosine(values["soft_tokens"], rounded["soft_tokens"])}
     return found | _text_losses(bundle, request, builds, device, prepack)
@@ -80,8 +80,7 @@ def _text_losses(bundle: Bundle, request: Request, builds: Any, device: Device, 
         for name, rounded in graph.run({"input_ids": np.array([ids], np.int64)}).items()
         if name in each
     ]
-    Piecewise(decoder, sequences).finish()
-    exact = np.concatenate([values["logits"] for values in sequences])
+    exact = np.concatenate(exact_logits(decoder, sequences))
     graph = Graph(bundle.path("decoder"), device, prepack=prepack)
     logits = np.concatenate([_logits(graph, each) for each in inputs])
     agreement = float((exact.argmax(1) == logits.argmax(1)).mean())

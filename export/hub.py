@@ -25,7 +25,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import tqdm, validate_repo_id
 
 from ..engine.errors import ExportError
-from .checkpoint import Checkpoint, FolderCheckpoint
+from .checkpoint import Checkpoint, FolderCheckpoint, refuse_others
 from .gguf_checkpoint import GgufCheckpoint
 
 __all__ = ["HubCheckpoint", "is_hub_name", "open_hub"]
@@ -76,6 +76,7 @@ class HubCheckpoint(FolderCheckpoint):
         folder = _snapshot(name, revision, _SMALL_FILES)
         commit = _commit_of(folder / "config.json")
         if not (folder / "config.json").is_file():
+            refuse_others(folder, name)
             raise ExportError(f"{name} has no config.json{_gguf_advice(name, commit)}")
         super().__init__(folder, source=name, revision=commit, tokenizer=tokenizer)
 

@@ -176,17 +176,17 @@ class Piecewise:
                 del values[name]
         self.at = stop
 
-    def finish(self) -> None:
-        """Run all nodes that are left, in pieces of about `PIECE_BYTES` of matrices."""
-        size = 0
-        for index in range(self.at, len(self.nodes)):
+    def advance(self, stop: int | None = None) -> None:
+        """Run the nodes up to `stop`, or all that are left, in pieces of about `PIECE_BYTES` of matrices."""
+        stop, size = len(self.nodes) if stop is None else stop, 0
+        for index in range(self.at, stop):
             for value in self.nodes[index].inputs:
                 if value is not None and value.name and self._builder.is_weight(value):
                     size += 4 * int(np.prod(self._builder.shape(value.name), dtype=np.int64))
             if size > PIECE_BYTES:
                 self.run(index)
                 size = 0
-        self.run(len(self.nodes))
+        self.run(stop)
 
     def _runner(
         self, nodes: Sequence[ir.Node], outputs: Sequence[str]

@@ -35,6 +35,8 @@ def open_source(source: Path | str, *, revision: str | None = None, tokenizer: P
     name, commit = _in_hub_cache(path)
     if path.is_dir():
         return _folder(path, name, commit, tokenizer)
+    if path.suffix == ".safetensors" or path.name == "config.json":
+        raise ExportError(f"{path} is one file of a checkpoint; name its folder")
     with _packages():
         from .gguf_checkpoint import GgufCheckpoint
     return GgufCheckpoint(path, source=name, revision=commit, tokenizer=tokenizer)

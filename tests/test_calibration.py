@@ -21,9 +21,11 @@ from tokenizers import Tokenizer
 from siglance.engine.bundle import Bundle
 from siglance.engine.errors import ExportError
 from siglance.engine.runtime import Runtime
-from siglance.export import calibration, calibration_run, exporter, graph_losses, plan
+from siglance.export import calibration, calibration_run, checkpoint, exporter, graph_losses, plan
+from siglance.export import piecewise as piecewise_module
 from siglance.export.calibration import Calibration
 from siglance.export.calibration_choice import Chosen, Goal, Measured, choose, goal_for
+from siglance.export.calibration_inputs import exact_logits
 from siglance.export.calibration_run import Request
 from siglance.export.exporter import export
 from siglance.export.families import ExportOptions
@@ -101,7 +103,7 @@ WRITERS = {
 
 
 @pytest.mark.parametrize("layout", WRITERS)
-def test_pieces_compute_what_the_bundle_computes(layout, tmp_path):
+def test_pieces_compute_what_the_bundle_computes(layout, tmp_path, monkeypatch):
     writer, arguments = WRITERS[layout]
     writer(tmp_path / "checkpoint", **arguments)
     export(tmp_path / "checkpoint", tmp_path / "bundle", ExportOptions(context=256))
@@ -115,8 +117,13 @@ def test_pieces_compute_what_the_bundle_computes(layout, tmp_path):
     piecewise = Piecewise(decoder, [values])
     for stop in range(0, len(piecewise.nodes), 7):
         piecewise.run(stop)
-    piecewise.finish()
+    piecewise.advance()
     np.testing.assert_allclose(values["logits"][-1], expected, atol=1e-4)
+    # And in the pieces that large models are run in, the head in slices.
+    monkeypatch.setattr(piecewise_module, "PIECE_BYTES", 20_000)
+    monkeypatch.setattr(checkpoint, "SLICE_BYTES", 10_000)
+    [logits] = exact_logits(decoder, calibration.embedded(embed, decoder, [ids.tolist()]))
+    np.testing.assert_allclose(logits[-1], expected, atol=1e-4)
 
 
 def test_a_row_that_no_text_has_is_an_error(tmp_path):
@@ -480,7 +487,7 @@ def test_an_error_in_the_child_process_leaves_nothing(tmp_path):
     tensors = load_file(tmp_path / "checkpoint" / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = np.inf
     save_file(tensors, tmp_path / "checkpoint" / "model.safetensors")
-    with pytest.raises(ExportError, match=r"layers\.1\.mlp\.gate_up_proj.*not finite"):
+    with pytest.raises(ExportError, match=r"layers\.1\.mlp\.up_proj.*not finite"):
         export(tmp_path / "checkpoint", tmp_path / "new" / "bundle", ExportOptions(precision="auto"))
     assert not (tmp_path / "new").exists()
 

@@ -217,7 +217,8 @@ def test_facts_of_paligemma(tiny_model):
     assert manifest.prompt == PromptFacts(begin="<bos>", layout="media_first", end="\n", image=image)
     assert (manifest.stop_ids, manifest.reply.boxes, manifest.sampling.temperature) == ((1,), "loc", 0.0)
     assert {pair.kind for pair in manifest.state} == {"global"}
-    (note,) = json.loads(model.bundle.path("export").read_text())["notes"]
+    note, context = json.loads(model.bundle.path("export").read_text())["notes"]
+    assert "the context is" in context
     # 4 layers with 2 heads of 16 keys and 16 values each, 4 bytes a number; every other layer has the window of 8.
     assert "1024 bytes a token" in note
     assert "512 of them in 2 layers whose window of 8 tokens" in note

@@ -102,8 +102,8 @@ def test_what_is_neither_says_both(tmp_path):
 
 
 def test_a_file_of_another_kind(folder):
-    with pytest.raises(ExportError, match=r"model\.safetensors is not a GGUF file"):
-        open_source(folder / "model.safetensors")
+    with pytest.raises(ExportError, match=r"tokenizer\.json is not a GGUF file"):
+        open_source(folder / "tokenizer.json")
 
 
 @pytest.mark.parametrize(

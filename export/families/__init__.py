@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -105,12 +106,30 @@ def families() -> list[Family]:
 
 def find_family(config: dict[str, Any]) -> Family:
     """The family for a config.json. Raises ExportError listing what is supported."""
+    _refuse_quantised(config)
     model_type = config.get("model_type")
     for family in families():
         if model_type in family.model_types:
             return family
     supported = ", ".join(sorted(name for family in families() for name in family.model_types))
     raise ExportError(f"model_type {model_type!r} is not supported; supported: {supported}")
+
+
+def _refuse_quantised(config: dict[str, Any]) -> None:
+    """Raise ExportError for matrices that some other library has quantised.
+
+    Plain numbers may come with a `quantization_config` too, which says what they were trained for; it names no method.
+    """
+    for section in (config, config.get("text_config"), config.get("vision_config")):
+        facts = section.get("quantization_config") if isinstance(section, dict) else None
+        method = facts.get("quant_method") if isinstance(facts, dict) else None
+        if method is None and isinstance(section, dict) and isinstance(section.get("quantization"), dict):
+            method = "mlx"
+        if method is not None:
+            raise ExportError(
+                f"config.json: the matrices are quantised by {method!r}, which is not supported: name the original "
+                "checkpoint, or a GGUF file; if the tensors are plain numbers, take quantization_config away"
+            )
 
 
 _MISSING: Any = object()
@@ -127,7 +146,28 @@ class ConfigReader:
         return self._get(key, default, int)
 
     def number(self, key: str, default: Any = _MISSING) -> float:
-        return float(self._get(key, default, (int, float)))
+        value = self._get(key, default, (int, float))
+        if not -sys.float_info.max <= value <= sys.float_info.max:
+            raise ExportError(f"{self.where}: {key} = {value!r} must be finite")
+        return float(value)
+
+    def positive(self, key: str, default: Any = _MISSING) -> float:
+        """A number above zero."""
+        value = self.number(key, default)
+        if value <= 0:
+            raise ExportError(f"{self.where}: {key} = {value!r} must be above 0")
+        return value
+
+    def count(self, key: str, default: Any = _MISSING) -> int:
+        """An integer from 1 on."""
+        value = self.integer(key, default)
+        if value < 1:
+            raise ExportError(f"{self.where}: {key} = {value!r} must be at least 1")
+        return value
+
+    def cap(self, key: str, default: float | None = None) -> float | None:
+        """A soft cap, which is above zero; absent means the default, null means none."""
+        return self.positive(key, default) if self.values.get(key, default) is not None else None
 
     def flag(self, key: str, default: Any = _MISSING) -> bool:
         return self._get(key, default, bool)

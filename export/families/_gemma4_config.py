@@ -196,7 +196,6 @@ def _read_text(reader: ConfigReader, tied: bool, *, has_image: bool, unified: bo
             kind = SLIDING if windowed else FULL
             raise ExportError(f"{reader.where}: head_dim must be the same in all {kind} layers, not {sizes}")
     local_theta, global_theta, global_partial = _read_ropes(reader)
-    soft_cap = reader.optional("final_logit_softcapping")
     heads = reader.integer("num_attention_heads", 8)
     for layer in layers:
         if layer.key_value_heads < 1 or heads % layer.key_value_heads:
@@ -208,8 +207,8 @@ def _read_text(reader: ConfigReader, tied: bool, *, has_image: bool, unified: bo
         hidden=reader.integer("hidden_size", 2304),
         heads=heads,
         vocabulary=reader.integer("vocab_size", 262144),
-        context=reader.integer("max_position_embeddings", 262144 if unified else 131072),
-        window=reader.integer("sliding_window", 1024 if unified else 512),
+        context=reader.count("max_position_embeddings", 262144 if unified else 131072),
+        window=reader.count("sliding_window", 1024 if unified else 512),
         layers=layers,
         owners=owners,
         per_layer=0 if unified else reader.integer("hidden_size_per_layer_input", 256),
@@ -217,7 +216,7 @@ def _read_text(reader: ConfigReader, tied: bool, *, has_image: bool, unified: bo
         local_theta=local_theta,
         global_theta=global_theta,
         global_partial=global_partial,
-        soft_cap=None if soft_cap is None else reader.number("final_logit_softcapping"),
+        soft_cap=reader.cap("final_logit_softcapping"),
         padding_id=reader.integer("pad_token_id", 0),
         tied=tied,
         image_blocks=image_blocks,
@@ -247,8 +246,8 @@ def _read_ropes(reader: ConfigReader) -> tuple[float, float, float | None]:
     for rope in (local, everywhere):
         rope.expect("factor", (None, 1, 1.0))
     return (
-        local.number("rope_theta", 10_000.0),
-        everywhere.number("rope_theta", 1_000_000.0),
+        local.positive("rope_theta", 10_000.0),
+        everywhere.positive("rope_theta", 1_000_000.0),
         everywhere.number("partial_rotary_factor", 1.0) if proportional else None,
     )
 

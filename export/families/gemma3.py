@@ -96,7 +96,9 @@ def _read_text(reader: ConfigReader, tied: bool) -> Config:
     reader.expect_epsilon(1e-6)
     layers = reader.integer("num_hidden_layers", 26)
     local_rope, global_rope = _ropes(reader)
-    soft_cap = reader.optional("final_logit_softcapping")
+    windowed = _layer_pattern(reader, layers)
+    if any(windowed) and reader.values.get("sliding_window", 4096) is None:
+        raise ExportError(f"{reader.where}: sliding_window is null, but {sum(windowed)} layers have a window")
     return Config(
         hidden=reader.integer("hidden_size", 2304),
         layers=layers,
@@ -105,14 +107,14 @@ def _read_text(reader: ConfigReader, tied: bool) -> Config:
         head_size=reader.integer("head_dim", 256),
         intermediate=reader.integer("intermediate_size", 9216),
         vocabulary=reader.integer("vocab_size", 262208),
-        context=reader.integer("max_position_embeddings", 131072),
-        window=reader.integer("sliding_window", 4096),
-        windowed=_layer_pattern(reader, layers),
-        scale=reader.number("query_pre_attn_scalar", 256) ** -0.5,
+        context=reader.count("max_position_embeddings", 131072),
+        window=reader.count("sliding_window", 4096) if any(windowed) else 0,
+        windowed=windowed,
+        scale=reader.positive("query_pre_attn_scalar", 256) ** -0.5,
         local_rope=local_rope,
         global_rope=global_rope,
         tied=tied,
-        soft_cap=None if soft_cap is None else float(soft_cap),
+        soft_cap=reader.cap("final_logit_softcapping"),
     )
 
 
@@ -120,7 +122,7 @@ def _layer_pattern(reader: ConfigReader, layers: int) -> tuple[bool, ...]:
     """Which layers are windowed: `layer_types`, or the older `sliding_window_pattern` (every n-th layer is global)."""
     kinds = reader.strings("layer_types", [])
     if not kinds:
-        period = reader.integer("sliding_window_pattern", reader.integer("_sliding_window_pattern", 6))
+        period = reader.count("sliding_window_pattern", reader.count("_sliding_window_pattern", 6))
         return tuple((index + 1) % period != 0 for index in range(layers))
     unknown = sorted(set(kinds) - {"sliding_attention", "full_attention"})
     if unknown or len(kinds) != layers:
@@ -132,27 +134,28 @@ def _layer_pattern(reader: ConfigReader, layers: int) -> tuple[bool, ...]:
 
 def _ropes(reader: ConfigReader) -> tuple[Rope, Rope]:
     """Local and global rotary positions, from `rope_parameters` or the older flat keys (scaling is global only)."""
-    parameters = reader.optional("rope_parameters")
-    if isinstance(parameters, dict) and "sliding_attention" in parameters:
+    if reader.optional("rope_parameters") is not None:
         section = reader.section("rope_parameters")
         return _rope(section.section("sliding_attention"), 10_000.0), _rope(
             section.section("full_attention"), 1_000_000.0
         )
-    scaling = reader.optional("rope_scaling") or {}
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    local = Rope(reader.positive("rope_local_base_freq", 10_000.0), 1.0)
+    theta = reader.positive("rope_theta", 1_000_000.0)
+    if not reader.optional("rope_scaling"):
+        return local, Rope(theta, 1.0)
+    scaling = reader.section("rope_scaling")
+    kind = scaling.values.get("rope_type", scaling.values.get("type", "default"))
     if kind not in ("default", "linear"):
         raise ExportError(
             f"{reader.where}: rope_scaling type {kind!r} is not supported (supported: 'default', 'linear')"
         )
-    factor = float(scaling.get("factor", 1.0)) if kind == "linear" else 1.0
-    local = Rope(reader.number("rope_local_base_freq", 10_000.0), 1.0)
-    return local, Rope(reader.number("rope_theta", 1_000_000.0), factor)
+    return local, Rope(theta, scaling.positive("factor") if kind == "linear" else 1.0)
 
 
 def _rope(reader: ConfigReader, theta: float) -> Rope:
     reader.expect("rope_type", (None, "default", "linear"))
-    factor = reader.number("factor", 1.0) if reader.optional("rope_type") == "linear" else 1.0
-    return Rope(reader.number("rope_theta", theta), factor)
+    factor = reader.positive("factor") if reader.optional("rope_type") == "linear" else 1.0
+    return Rope(reader.positive("rope_theta", theta), factor)
 
 
 def build_vision(graph: GraphBuilder, weights: Weights, config: Config, options: ExportOptions) -> None:
@@ -249,9 +252,10 @@ def _attention(
     prefix, size = f"text.layers.{layer}.self_attn", config.head_size
     widths = (config.heads * size, config.key_value_heads * size, config.key_value_heads * size)
     query, key, value = blocks.query_key_value(graph, x, weights, prefix, widths, config.hidden)
-    query = blocks.split_heads(
-        graph, query, config.heads, size, _norm(graph, weights, f"{prefix}.q_norm", size), "q_norm"
-    )
+    # Scores are scaled by way of the queries. On GPUs the operator does it, with less rounding in float16.
+    scale, operator_scale = (1.0, config.scale) if graph.plan.half else (config.scale, 1.0)
+    weight = _norm(graph, weights, f"{prefix}.q_norm", size, scale)
+    query = blocks.split_heads(graph, query, config.heads, size, weight, "q_norm")
     key = blocks.split_heads(
         graph, key, config.key_value_heads, size, _norm(graph, weights, f"{prefix}.k_norm", size), "k_norm"
     )
@@ -259,14 +263,14 @@ def _attention(
     slack = 0 if graph.plan.half else WINDOW_SLACK
     window, capacity = (config.window, config.window + slack) if has_window else (None, "capacity")
     state = blocks.key_value_state(graph, layer, config.key_value_heads, size, window, capacity)
-    facts = blocks.Attention(config.heads, config.key_value_heads, size, config.scale, *tables)
+    facts = blocks.Attention(config.heads, config.key_value_heads, size, operator_scale, *tables)
     mixed, _, _ = blocks.attention(graph, query, key, value, state, inputs, facts, bias=mask)
     return blocks.linear(graph, mixed, weights, f"{prefix}.o_proj.weight", (config.hidden, config.heads * size))
 
 
-def _norm(graph: GraphBuilder, weights: Weights, name: str, size: int) -> ir.Value:
-    """The vector of a norm, with Gemma 3's 1 + w folded into it."""
-    return graph.weight(f"{name}.weight", (size,), lambda: [1.0 + weights.read(f"{name}.weight", (size,))])
+def _norm(graph: GraphBuilder, weights: Weights, name: str, size: int, scale: float = 1.0) -> ir.Value:
+    """The vector of a norm, with Gemma 3's 1 + w and a scale of the output folded into it."""
+    return graph.weight(f"{name}.weight", (size,), lambda: [scale * (1.0 + weights.read(f"{name}.weight", (size,)))])
 
 
 def _head(graph: GraphBuilder, weights: Weights, config: Config) -> blocks.Table:

@@ -107,7 +107,7 @@ def _read_text(reader: ConfigReader, second: bool, tied: bool) -> TextConfig:
     head_size = reader.integer("head_dim", 256)
     window = None  # Gemma 1 has none, and null in a Gemma 2 file means none
     if second and reader.values.get("sliding_window", 4096) is not None:
-        window = reader.integer("sliding_window", 4096)
+        window = reader.count("sliding_window", 4096)
     return TextConfig(
         hidden=reader.integer("hidden_size", 2304 if second else 3072),
         layers=layers,
@@ -116,14 +116,14 @@ def _read_text(reader: ConfigReader, second: bool, tied: bool) -> TextConfig:
         head_size=head_size,
         intermediate=reader.integer("intermediate_size", 9216 if second else 24576),
         vocabulary=reader.integer("vocab_size", 256000),
-        context=reader.integer("max_position_embeddings", 8192),
-        theta=rope.number("rope_theta", reader.number("rope_theta", 10_000.0)),
-        scale=(reader.number("query_pre_attn_scalar", 256) if second else head_size) ** -0.5,
+        context=reader.count("max_position_embeddings", 8192),
+        theta=rope.positive("rope_theta", reader.positive("rope_theta", 10_000.0)),
+        scale=(reader.positive("query_pre_attn_scalar", 256) if second else head_size) ** -0.5,
         sandwich=second,
         window=window,
         windowed=(False,) * layers if window is None else _windowed(reader, layers),
-        attention_cap=_cap(reader, "attn_logit_softcapping", 50.0) if second else None,
-        logits_cap=_cap(reader, "final_logit_softcapping", 30.0) if second else None,
+        attention_cap=reader.cap("attn_logit_softcapping", 50.0) if second else None,
+        logits_cap=reader.cap("final_logit_softcapping", 30.0) if second else None,
         tied=tied,
     )
 
@@ -139,11 +139,6 @@ def _windowed(reader: ConfigReader, layers: int) -> tuple[bool, ...]:
             f"{reader.where}: layer_types has {len(kinds)} entries for {layers} layers, unknown: {unknown}"
         )
     return tuple(kind == "sliding_attention" for kind in kinds)
-
-
-def _cap(reader: ConfigReader, key: str, default: float) -> float | None:
-    """A soft cap: absent means the class default, null means none."""
-    return reader.number(key, default) if reader.values.get(key, default) is not None else None
 
 
 # --- graphs
