@@ -54,7 +54,9 @@ class PieceStream(StreamingResponse):
 
     def __init__(self, chunks: _Chunks, write: _Write, write_failure: _WriteFailure, framing: Framing = EVENTS):
         """`write` gives the pieces of a chunk, `write_failure` the piece that says why nothing more comes."""
-        super().__init__(_texts(chunks, write, write_failure, framing), media_type=framing.media_type)
+        # Proxies such as nginx keep answers back until they are whole, unless they are told not to.
+        headers = {"x-accel-buffering": "no"}
+        super().__init__(_texts(chunks, write, write_failure, framing), headers=headers, media_type=framing.media_type)
         self._chunks = chunks
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

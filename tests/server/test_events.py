@@ -88,3 +88,18 @@ def test_a_full_line(slow, gate, name):
     for connection in busy:
         assert connection.recv(12) == b"HTTP/1.1 200"
         connection.close()
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        *((path, body | {"max_tokens": 2}) for path, body in PATHS.values()),
+        *(
+            (f"/v1beta/models/demo:streamGenerateContent{query}", {"contents": {"parts": {"text": "count"}}})
+            for query in ("", "?alt=sse")
+        ),
+    ],
+)
+def test_proxies_are_asked_not_to_keep_streams_back(server, path, body):
+    answer = server.post(path, body)
+    assert (answer.status, answer.headers["x-accel-buffering"]) == (200, "no")
