@@ -83,7 +83,6 @@ def test_a_program_ends_while_daemon_threads_ask():
 def test_the_end_waits_for_daemon_threads_and_keeps_them(monkeypatch):
     """Not for those that are elsewhere, and whoever ends the program still has its turns."""
     monkeypatch.setattr(processes, "_ended", threading.Event())
-    monkeypatch.setattr(processes, "_staying", set())
     turn, inside, release, again = processes.GraphTurn(), threading.Event(), threading.Event(), threading.Event()
 
     def in_the_engine(run):
