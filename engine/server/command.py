@@ -8,6 +8,7 @@ import re
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -96,6 +97,8 @@ def settings_of(
 ) -> Settings:
     """Settings from options of the command line. Raises InputError."""
     read = read_limits(limits or ())
+    if not 0 < timeout < threading.TIMEOUT_MAX:
+        raise InputError(f"--timeout {timeout}: expected a number of seconds")
     for number, key in enumerate(api_keys or (), 1):
         if not key or not key.isascii() or not key.isprintable() or " " in key:
             raise InputError(f"API key {number} is empty or has other characters than letters, digits and signs")

@@ -124,6 +124,12 @@ def test_options_arrive():
     assert settings.timeout == 7.5
 
 
+@pytest.mark.parametrize("seconds", [0.0, -1.0, float("nan"), float("inf"), 1e300])
+def test_a_timeout_is_a_time(seconds):
+    with pytest.raises(InputError, match="expected a number of seconds"):
+        command.settings_of("::1", 0, 5, None, None, None, None, False, seconds)
+
+
 def test_without_the_extra():
     code = (
         "import sys\nsys.modules['starlette'] = sys.modules['uvicorn'] = None\n"
