@@ -42,6 +42,7 @@ _KINDS = {"json_schema": "JSON schema", "regex": "regular expression", "lark": "
 _JSON_STYLE: JsonCompileOptions = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 _MAX_MULTIPLE = 100_000  # half a second
 _MAX_LEXER_STATES = 50_000  # about 100 MB
+_MAX_PATTERN_WORK = 10_000  # patterns times names beside them: a second
 _STACK_BYTES = 256 * 2**20
 _STACK_LOCK = threading.Lock()
 
@@ -148,7 +149,31 @@ class Constraints:
             raise GrammarError(f"format is {grammar!r}, expected a Grammar")
         _require_llguidance()
         text = _as_llguidance(self._detections() if grammar.kind == "detections" else grammar)
-        return self._constraint(text, f"the {_KINDS[grammar.kind]}")
+        constraint = self._constraint(text, f"the {_KINDS[grammar.kind]}")
+        if grammar.kind == "json_schema":
+            self._check_patterns(json.loads(grammar.source))
+        return constraint
+
+    def _check_patterns(self, schema: Any) -> None:
+        """Refuse "patternProperties" that no undeclared name matches: llguidance begins a pair there, and cannot go on.
+
+        Whether one does is asked of llguidance itself: with an object of such a name and no other.
+        """
+        for names, pattern in _patterns_beside_names(schema):
+            properties = dict.fromkeys(names, False)
+            others = {"properties": properties, "patternProperties": {pattern: True}, "additionalProperties": False}
+            probe = Grammar.json_schema({"type": "object", **others, "minProperties": 1})
+            try:
+                constraint = self._constraint(_as_llguidance(probe), "the JSON schema")
+                while forced := constraint.forced():
+                    for id in forced:
+                        constraint.accept(id)
+                constraint.mask(())
+            except GrammarError:
+                raise GrammarError(
+                    f"the JSON schema cannot be used: 'patternProperties' has {pattern[:80]!r}, which matches no name "
+                    "that 'properties' does not have: declare those there only"
+                ) from None
 
     def compile_calls(self, lark: str) -> Constraint:
         """The constraint of a grammar of `call_grammar`, which may be larger than those from outside."""
@@ -163,6 +188,8 @@ class Constraints:
         limits = llguidance.LLParserLimits(max_lexer_states=_MAX_LEXER_STATES, verbose_errors=False)
         adapter = self._adapt()
         matcher = _on_a_deep_stack(lambda: llguidance.LLMatcher(adapter, text, log_level=0, limits=limits))
+        if not matcher.is_error():
+            matcher.compute_bitmask()  # that nothing at all is allowed shows only here
         if matcher.is_error():
             raise GrammarError(f"{name} cannot be used: {_message(matcher)}")
         return Constraint(matcher, adapter)
@@ -364,14 +391,30 @@ def _check_bounds(schema: Any) -> None:
                 raise GrammarError(f"the JSON schema cannot be used: {key!r} is {value}, which has more than 64 bits")
 
 
+def _patterns_beside_names(schema: Any) -> Iterator[tuple[list[str], str]]:
+    """Each pattern of "patternProperties", with the names that are declared beside it, if any are."""
+    work = 0
+    for holder in _objects(schema):
+        names, patterns = holder.get("properties"), holder.get("patternProperties")
+        if isinstance(names, dict) and names and isinstance(patterns, dict):
+            work += len(names) * len(patterns)
+            if work > _MAX_PATTERN_WORK:
+                raise GrammarError("the JSON schema cannot be used: too many 'patternProperties' beside 'properties'")
+            yield from ((list(names), pattern) for pattern in patterns)
+
+
 def _values_of(key: str, value: Any) -> Iterator[Any]:
-    """All values of `key` anywhere in a JSON value; not recursive, because schemas may be nested deeply."""
+    """All values of `key` anywhere in a JSON value."""
+    return (holder[key] for holder in _objects(value) if key in holder)
+
+
+def _objects(value: Any) -> Iterator[dict[str, Any]]:
+    """All objects in a JSON value; not recursive, because schemas may be nested deeply."""
     pending = [value]
     while pending:
         value = pending.pop()
         if isinstance(value, dict):
-            if key in value:
-                yield value[key]
+            yield value
             pending.extend(value.values())
         elif isinstance(value, list):
             pending.extend(value)
@@ -400,4 +443,5 @@ def _on_a_deep_stack(compile: Callable[[], LLMatcher]) -> LLMatcher:
 
 
 def _message(matcher: LLMatcher) -> str:
-    return matcher.get_error().replace("<non-verbose/>", "").strip()
+    text = matcher.get_error().replace("<non-verbose/>", "").strip()
+    return "it allows no text" if text == "NoExtensionBias" else text

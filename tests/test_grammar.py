@@ -442,6 +442,12 @@ def test_detections_that_a_bundle_cannot_write(engine):
 
 # -- grammars that are none ------------------------------------------------------------------------------------------
 
+# What matches the second pattern is declared elsewhere.
+PATTERNS = {"type": "object", "patternProperties": {"^b": {"type": "integer"}, "^a$": {"type": "string"}}}
+MANY = {
+    "properties": dict.fromkeys(map(str, range(400)), True),
+    "patternProperties": {f"^{letter}": True for letter in "abcdefghijklmnopqrstuvwxyz"},
+}
 NESTED = {"type": "object", "properties": {"a": {"type": "array", "items": {"type": "bar"}}}}
 
 
@@ -462,6 +468,14 @@ NESTED = {"type": "object", "properties": {"a": {"type": "array", "items": {"typ
         (lambda: Grammar.json_schema(3), "object or its text, not int"),
         (lambda: Grammar.json_schema({"a": {1, 2}}), "schema is no JSON"),
         (lambda: Grammar.json_schema({"maximum": float("nan")}), "schema is no JSON"),
+        (lambda: Grammar.json_schema({"$ref": "#"}), "JSON schema cannot be used: it allows no text"),
+        (lambda: Grammar.json_schema(PATTERNS | {"properties": {"a": {}}}), r"'\^a\$', which matches no name"),
+        (
+            lambda: Grammar.json_schema({"items": PATTERNS | {"properties": {"a": {}}}}),
+            r"'\^a\$', which matches no name",
+        ),
+        (lambda: Grammar.json_schema(MANY), "too many 'patternProperties'"),
+        (lambda: Grammar.regex(r"[^\s\S]"), "regular expression cannot be used: it allows no text"),
         (lambda: Grammar.regex("("), "regular expression cannot be used.*unclosed group"),
         (lambda: Grammar.regex("a(?=b)"), "look-around"),
         (lambda: Grammar.regex(3), "a regular expression is text, not int"),
@@ -476,10 +490,21 @@ NESTED = {"type": "object", "properties": {"a": {"type": "array", "items": {"typ
     ],
 )
 def test_what_is_wrong_is_said_before_any_work(engine, make, message):
+    """Case 84 too: a schema is not found out to be impossible in the middle of a reply."""
     double, runtime = scripted(engine, [5])
     with pytest.raises(GrammarError, match=re.compile(message, re.DOTALL)):
         double.generate([picture(), "x"], format=make())
     assert (runtime.encodes, runtime.prefills) == (0, 0)
+
+
+def test_case_84_patterns_of_names_beside_declared_names(demo):
+    """Every other combination of the two can be followed to its end."""
+    schema = {**PATTERNS, "properties": {"b": {"minimum": 3}}, "required": ["b"], "additionalProperties": False}
+    constraint = demo._constraints.compile(Grammar.json_schema(schema))
+    assert constraint.matches('{"b": 3, "a": "x"}')
+    assert constraint.matches('{"b": 3, "b2": 1}')
+    assert not constraint.matches('{"b": 2}')
+    assert not constraint.matches('{"b": 3, "c": 1}')
 
 
 def test_without_the_package_the_extra_is_named(engine, monkeypatch):
