@@ -107,6 +107,8 @@ def add_rms_norm(
 
 def split_heads(graph: GraphBuilder, x: ir.Value, heads: int, head_size: int, weight: ir.Value, name: str) -> ir.Value:
     """RMS norm of each head on its own: [1, S, heads * d] -> the same shape."""
+    if heads == 1:
+        return rms_norm(graph, x, weight, name)
     split = graph.op("Reshape", x, graph.constant(np.array([0, 0, heads, head_size], np.int64), f"{name}.heads"))
     normed = rms_norm(graph, split, weight, name)
     return graph.op("Reshape", normed, graph.constant(np.array([0, 0, heads * head_size], np.int64), f"{name}.flat"))
