@@ -13,7 +13,7 @@
     │   ├── GrammarError       a schema, regular expression or grammar cannot be used, or costs too much
     │   └── ContextFull        the prompt does not fit the context
     ├── DeviceError            the device that was asked for cannot be used
-    ├── ModelOutputError       the model produced something that cannot be decoded (non-finite logits)
+    ├── ModelOutputError       a graph failed, or produced something that cannot be decoded (non-finite logits)
     ├── Cancelled              the caller does not want the reply any more
     └── ExportError            a checkpoint cannot be turned into a bundle
 
@@ -105,7 +105,7 @@ class DeviceError(SiglanceError):
 
 
 class ModelOutputError(SiglanceError):
-    """The model produced something that cannot be decoded, such as non-finite logits."""
+    """A graph failed, or produced something that cannot be decoded, such as non-finite logits."""
 
 
 class Cancelled(SiglanceError):

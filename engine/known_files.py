@@ -1,4 +1,4 @@
-"""What is known of encoded files that were read before, so that a file that comes again need not be decoded again.
+"""Facts about encoded files that were read before, so that a file that comes again need not be decoded again.
 
 A server is sent the whole conversation with every question, all pictures of it included. Files are told by a digest of
 their bytes. Nothing of a picture is kept but its size and the content keys of its views.

@@ -1,4 +1,4 @@
-"""How much of the outside world an engine lets in."""
+"""Limits on the files that requests bring along."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""How probable the model found the tokens of a reply.
+"""Log-probabilities of the tokens of a reply.
 
-Reported are the natural logarithms of the model's own distribution: the softmax of its logits at temperature 1, before
-penalties, bias, grammar and filters, which say what was drawn and not what the model thinks.
+They are natural logarithms of the model's own distribution, the softmax of its logits at temperature 1, before
+penalties, bias, grammar and filters: these decide what is drawn, not what the model predicts.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Penalties and bias: what the tokens so far do to the next one."""
+"""Penalties and bias: how the tokens so far, and the request, change the logits of the next one."""
 
 from __future__ import annotations
 

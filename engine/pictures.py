@@ -1,4 +1,4 @@
-"""Pictures on their way to the vision tower: a view of the whole is laid out, and crops where they are wanted."""
+"""Pictures before the vision tower: the views of each, the whole and perhaps crops, and the size of each view."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ from .penalties import Penalties
 __all__ = ["REPETITION", "Effective", "Sampler", "Sampling", "check_token_ids", "read_logit_bias", "resolve"]
 
 REPETITION = (0.01, 100)
-"""Range of the repetition penalty. Beyond it logits would leave what numbers hold, and replies would be nonsense."""
+"""Range of the repetition penalty. Beyond it logits would leave the range of float32, and replies be nonsense."""
 
 _SEEDS = 2**64
 _DRAWN_SEEDS = 2**53  # seeds are reported in JSON, and this is how far JavaScript counts exactly

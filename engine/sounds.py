@@ -1,4 +1,4 @@
-"""Sounds on their way to the audio graph: how many soft tokens a clip has, and long ones in several clips."""
+"""Sounds before the audio graph: how many soft tokens a clip has, and long sounds cut into clips."""
 
 from __future__ import annotations
 

@@ -105,10 +105,10 @@ def file_name(source: object) -> str:
     return os.path.basename(os.fsdecode(source))[-100:]
 
 
-def one_line(error: object) -> str:
-    """The text of a foreign error as one line of moderate length."""
+def one_line(error: object, most: int = 200) -> str:
+    """The text of a foreign error as one line of at most `most` characters."""
     text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else text[:199] + "…"
+    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def _check_bytes(size: int, max_bytes: int) -> None:

@@ -34,6 +34,7 @@ from jinja2.utils import Namespace, pass_context
 from jinja2.visitor import NodeTransformer
 
 from .errors import BundleError, PromptError
+from .sources import one_line
 
 __all__ = ["MAX_SECONDS", "MAX_SOURCE_CHARACTERS", "ChatTemplate"]
 
@@ -44,6 +45,7 @@ _VALUE_FLOOR, _VALUE_FACTOR = 1_000_000, 4  # largest value in characters and it
 _WORK_FACTOR = 32  # work in units: factor * largest value
 _STEP = 10  # units for a step that produces nothing; the least that Python allocates for one
 _INTEGER_BITS = 4096
+_SHOWN = 300  # what a template says when it refuses is for people
 
 # fmt: off
 _FILTERS = frozenset((
@@ -94,7 +96,7 @@ class ChatTemplate:
             self._template = self._environment.from_string(source)
         except Exception as error:  # also RecursionError, or ValueError for a number of 5,000 digits
             line = f", line {error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
-            raise BundleError(f"the chat template does not compile{line}: {_one_line(error)}") from None
+            raise BundleError(f"the chat template does not compile{line}: {one_line(error, _SHOWN)}") from None
 
     def render(self, messages: list[dict[str, Any]], **variables: Any) -> str:
         """Render a conversation.
@@ -110,7 +112,7 @@ class ChatTemplate:
                 text = self._template.render(messages=messages, **variables)
                 account.check(text)
             except Exception as error:  # whatever an untrusted program can raise, RecursionError included
-                raise PromptError(f"the chat template refused the conversation: {_one_line(error)}") from None
+                raise PromptError(f"the chat template refused the conversation: {one_line(error, _SHOWN)}") from None
         return text
 
 
@@ -379,9 +381,3 @@ def _strftime_now(pattern: str) -> str:
     if len(pattern) > 100:
         raise _Refused("strftime_now takes a format of at most 100 characters")
     return datetime.now().strftime(pattern)
-
-
-def _one_line(error: Exception) -> str:
-    """The message of an error in one line of readable length."""
-    words = " ".join(str(error).split()) or type(error).__name__
-    return words if len(words) <= 300 else words[:299] + "…"

@@ -1,7 +1,7 @@
-"""What a chat template can do beyond turns, found out by trying it on a small conversation.
+"""Whether a chat template supports tools and thinking, found out by rendering a small conversation with it.
 
-A template is a program: its source says little about what it does, and an error inside of it says less. What counts is
-that it writes tools in the format in which replies are read, see `tool_format`.
+A template is a program: its source says little about what it does, and an error inside it says less. What counts is
+that it writes tools in the format in which replies are parsed, see `tool_format`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _CONVERSATION = [_USER, MessageTurn(1, "assistant", [], calls=(_CALL,)), Message
 
 
 class TemplateCapabilities:
-    """What `template` can do for replies that are read by `facts`. Nothing is tried before it is asked for."""
+    """What `template` supports, for replies that are parsed by `facts`. Nothing is rendered before it is asked for."""
 
     def __init__(self, template: ChatTemplate, begin: str, facts: ReplyFacts):
         self._template = template

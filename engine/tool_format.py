@@ -187,7 +187,7 @@ class _Reader:
 
     def _peek(self) -> str:
         """The next character behind white space; QUOTE before a string, "" at the end."""
-        self._at = _SPACE.match(self._text, self._at).end()  # pyright: ignore[reportOptionalMemberAccess]
+        self._at = _SPACE.match(self._text, self._at).end()  # pyright: ignore[reportOptionalMemberAccess] - matches anywhere
         if self._at < len(self._text):
             return self._text[self._at]
         return QUOTE if self._index + 1 < len(self._segments) else ""

@@ -329,6 +329,17 @@ def test_case_68_part_order_is_kept(messages, method):
     assert places == sorted(places)
 
 
+def test_of_two_control_tokens_at_one_place_the_longer_counts():
+    """As tokenizers match them: one control token may begin another."""
+    names = ["<|turn>us", "<|turn>user"]
+    splitting, parsing = toy_tokenizer(), toy_tokenizer()
+    for tokenizer in (splitting, parsing):
+        tokenizer.add_special_tokens(names)
+    prompt = PromptBuilder(splitting, GEMMA4, ChatTemplate(GEMMA4_TEMPLATE)).chat([user("hello")])
+    assert prompt.ids.tolist() == parsing.encode(prompt.text, add_special_tokens=False).ids
+    assert [parsing.token_to_id(name) in prompt.ids for name in names] == [False, True]
+
+
 def test_newlines_of_an_expansion_merge_with_their_neighbours():
     prompt = builder(GEMMA3, GEMMA3_TEMPLATE).chat([user(image(1), "\n\nx")])
     before = PARSING.encode("user\n\n\n<start_of_image>", add_special_tokens=False).tokens
