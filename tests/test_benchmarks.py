@@ -97,6 +97,22 @@ def test_ratios_are_of_common_rounds_and_goals_are_called_by_their_name(load):
     assert results.goal("speed", None, 2) == "| speed | at least 2x | not measured |"
 
 
+def test_rounds_of_a_tower_are_joined_and_other_towers_stay_apart(load):
+    joined = load("results").vision._joined
+
+    def tower(model: str, *seconds: float, side: int = 8) -> dict[str, object]:
+        return {
+            "model": model,
+            "precision": "int4",
+            "pixels": [side, 8],
+            "soft_tokens": 4,
+            "seconds": {"a": [*seconds]},
+        }
+
+    found = joined([tower("x", 1.0)], [tower("x", 2.0, 3.0), tower("y", 4.0), tower("x", 5.0, side=16)])
+    assert found == [tower("x", 1.0, 2.0, 3.0), tower("y", 4.0), tower("x", 5.0, side=16)]
+
+
 @pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="this system cannot be asked to forget a file")
 def test_files_are_forgotten_and_what_stays_is_counted(load, tmp_path):
     first_token: ModuleType = load("first_token")

@@ -37,6 +37,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=usable_cores())
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "siglance-peers")
     parser.add_argument("--environment", type=Path, metavar="DIR", help="an environment that has transformers")
+    parser.add_argument("--add", action="store_true", help="add rounds and towers to the results that are there")
     parser.add_argument("--out", type=Path, default=Path("vision"), help="results, without an ending")
     options = parser.parse_args()
     options.cache = options.cache.resolve()
@@ -46,16 +47,36 @@ def main() -> None:
     except Unavailable as error:
         raise SystemExit(str(error)) from None
     towers = [_measure(*text.rsplit("=", 1), python, options) for text in options.tower]
+    towers = _joined(_earlier(options), towers)
     results = {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "machine": machine() | {"threads": options.threads},
-        "rounds": options.rounds,
         "towers": towers,
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     options.out.with_suffix(".md").write_text(markdown(results), encoding="utf-8")
     print(markdown(results))
+
+
+def _earlier(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The towers that --add goes on from."""
+    path = options.out.with_suffix(".json")
+    return json.loads(path.read_text(encoding="utf-8"))["towers"] if options.add and path.is_file() else []
+
+
+def _joined(earlier: list[dict[str, Any]], towers: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rounds of the same tower and size one after the other."""
+    facts = ("model", "precision", "pixels", "soft_tokens")
+    for tower in towers:
+        for known in earlier:
+            if all(known[name] == tower[name] for name in facts):
+                for name, seconds in tower["seconds"].items():
+                    known["seconds"][name] += seconds
+                break
+        else:
+            earlier.append(tower)
+    return earlier
 
 
 def _measure(model: str, path: str, python: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -108,9 +129,10 @@ def markdown(results: dict[str, Any]) -> str:
             cells.append(f"{_milliseconds(theirs)}: ours {ratio:.2f}x")
         lines.append("| " + " | ".join(cells) + " |")
     place = results["machine"]
+    rounds = min(len(tower["seconds"][OURS]) for tower in results["towers"])
     known = sorted({f"{key} {value}" for tower in results["towers"] for key, value in tower["versions"].items()})
     note = (
-        f"Milliseconds, median of {results['rounds']} alternating rounds (smallest - largest). {place['cpu']}, "
+        f"Milliseconds, median of {rounds} alternating rounds (smallest - largest). {place['cpu']}, "
         f"{place['threads']} threads, {place['platform']}; {results['date']}; {', '.join(known)}."
     )
     return "\n".join([*lines, "", note, ""])
