@@ -17,8 +17,8 @@ Prefill: `encoder_inputs` (patches and samples), `encoding` and `feature_cache` 
 Graphs: `graph` (the one module that imports onnxruntime, prepared by `ort_environment`), `wiring` (whether the graphs
     fit), `state` (key/value buffers), `device_memory` and `device_step` (on a GPU), `cuda`, `heap`, `processes`.
 Reply: `decoding` (the loop over tokens); `sampling`, `penalties`, `logprobs`; `grammar`, `guide`, `calls`,
-    `call_grammar`, `call_schemas` (which tokens may come next); `text` (ids -> text, stop strings), `thinking`,
-    `tools`, `tool_format` (thoughts and calls), `boxes`.
+    `call_grammar`, `call_schemas`, `schema_checks` (which tokens may come next); `text` (ids -> text, stop strings),
+    `thinking`, `tools`, `tool_format` (thoughts and calls), `boxes`.
 Program: `cli`, `options`, `option_files`, `attachments`, `program`, `interruption`, `output`, `reply_writer`,
     `chat_command`, `draw`, `perplexity`; the folders `server`, `bench` and `assets` (the embedded demo).
 """

@@ -21,7 +21,7 @@ from typing import Any
 
 from .call_schemas import KEYWORDS, Schema, Schemas
 from .errors import GrammarError
-from .grammar import check_numbers
+from .schema_checks import check_numbers
 from .tool_format import is_bare, render_value
 from .tools import Tool, key_order
 

@@ -8,31 +8,30 @@ A grammar is about bytes. What a token adds to them is what it adds to the text 
 reply that has been allowed token by token is text that the grammar accepts.
 
 Grammars come from outside and are bounded: in size, by llguidance's limits for the work of one token, and by two checks
-of what these limits do not see (see `_on_a_deep_stack` and `check_numbers`).
+of what these limits do not see (see `_on_a_deep_stack` and `schema_checks`).
 """
 
 from __future__ import annotations
 
 import json
-import math
 import re
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
-from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tokenizers import Tokenizer
 
 from .errors import GrammarError
+from .schema_checks import check_numbers, patterns_beside_names
 from .text import special_ids, token_bytes
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
     from llguidance._lib import JsonCompileOptions
 
-__all__ = ["MAX_GRAMMAR_BYTES", "Constraint", "Constraints", "Grammar", "check_numbers"]
+__all__ = ["MAX_GRAMMAR_BYTES", "Constraint", "Constraints", "Grammar"]
 
 MAX_GRAMMAR_BYTES = 65_536
 
@@ -40,9 +39,7 @@ _KINDS = {"json_schema": "JSON schema", "regex": "regular expression", "lark": "
 # Python's own style of JSON and nothing else: without a choice of white space there is none to repeat for ever, and
 # punctuation is forced. A schema can say otherwise in llguidance's "x-guidance".
 _JSON_STYLE: JsonCompileOptions = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-_MAX_MULTIPLE = 100_000  # half a second
 _MAX_LEXER_STATES = 50_000  # about 100 MB
-_MAX_PATTERN_WORK = 10_000  # patterns times names beside them: a second
 _STACK_BYTES = 256 * 2**20
 _STACK_LOCK = threading.Lock()
 
@@ -159,7 +156,7 @@ class Constraints:
 
         Whether one does is asked of llguidance itself: with an object of such a name and no other.
         """
-        for names, pattern in _patterns_beside_names(schema):
+        for names, pattern in patterns_beside_names(schema):
             properties = dict.fromkeys(names, False)
             others = {"properties": properties, "patternProperties": {pattern: True}, "additionalProperties": False}
             probe = Grammar.json_schema({"type": "object", **others, "minProperties": 1})
@@ -353,71 +350,6 @@ def _inline_schemas(lark: str) -> Iterator[Any]:
             yield json.JSONDecoder().raw_decode(lark, directive.end())[0]
         except (ValueError, RecursionError) as error:
             raise GrammarError(f"%json at character {directive.start()} of the Lark grammar: {error}") from None
-
-
-def check_numbers(schema: Any) -> None:
-    """Raise GrammarError for a JSON schema with numbers that llguidance accepts and should not."""
-    _check_multiples(schema)
-    _check_bounds(schema)
-
-
-def _check_multiples(schema: Any) -> None:
-    """Refuse "multipleOf" with large numbers: llguidance's automaton has a state per remainder, and no limit on them.
-
-    Values that meet in one place make their least common multiple. Powers of ten only look at the last digits.
-    """
-    together = 1
-    for value in _values_of("multipleOf", schema):
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-            continue  # llguidance says what is wrong with it
-        digits = "".join(map(str, Decimal(str(value)).as_tuple().digits)).rstrip("0")
-        together = math.lcm(together, int(digits))
-        if together > _MAX_MULTIPLE:
-            raise GrammarError(
-                f"the JSON schema cannot be used: with {value} the values of 'multipleOf' have a least common multiple "
-                f"above {_MAX_MULTIPLE} (without zeros at the end)"
-            )
-
-
-def _check_bounds(schema: Any) -> None:
-    """Refuse bounds beyond 64 bits: llguidance moves them to where 64 bits end, and so allows what they forbid."""
-    beyond: dict[str, Callable[[float], bool]] = {
-        **dict.fromkeys(("minimum", "exclusiveMinimum"), lambda value: value >= 2**63),
-        **dict.fromkeys(("maximum", "exclusiveMaximum"), lambda value: value < -(2**63)),
-    }
-    for key, is_beyond in beyond.items():
-        for value in _values_of(key, schema):
-            if isinstance(value, int | float) and is_beyond(value):
-                raise GrammarError(f"the JSON schema cannot be used: {key!r} is {value}, which has more than 64 bits")
-
-
-def _patterns_beside_names(schema: Any) -> Iterator[tuple[list[str], str]]:
-    """Each pattern of "patternProperties", with the names that are declared beside it, if any are."""
-    work = 0
-    for holder in _objects(schema):
-        names, patterns = holder.get("properties"), holder.get("patternProperties")
-        if isinstance(names, dict) and names and isinstance(patterns, dict):
-            work += len(names) * len(patterns)
-            if work > _MAX_PATTERN_WORK:
-                raise GrammarError("the JSON schema cannot be used: too many 'patternProperties' beside 'properties'")
-            yield from ((list(names), pattern) for pattern in patterns)
-
-
-def _values_of(key: str, value: Any) -> Iterator[Any]:
-    """All values of `key` anywhere in a JSON value."""
-    return (holder[key] for holder in _objects(value) if key in holder)
-
-
-def _objects(value: Any) -> Iterator[dict[str, Any]]:
-    """All objects in a JSON value; not recursive, because schemas may be nested deeply."""
-    pending = [value]
-    while pending:
-        value = pending.pop()
-        if isinstance(value, dict):
-            yield value
-            pending.extend(value.values())
-        elif isinstance(value, list):
-            pending.extend(value)
 
 
 def _on_a_deep_stack(compile: Callable[[], LLMatcher]) -> LLMatcher:
