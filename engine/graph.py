@@ -259,7 +259,8 @@ class Graph:
         interruption = current_interruption()
         if interruption is None:
             return self._call(function, *arguments, self._plain)
-        options = self.run_options(-1) if self.captures else onnxruntime.RunOptions()
+        # Without a number, which only captured runs need, onnxruntime throws and catches something: 100 us a run.
+        options = self.run_options(-1)
         options.log_severity_level = 4  # of the run: that it was ended is no news
         with interruption.run(options):
             return self._call(function, *arguments, options)
