@@ -298,12 +298,24 @@ def _picture(images: Any, frame: Any, question: dict[str, Any]) -> bytes:
         (0, 1, 1, 0): turn.TRANSPOSE,
         (0, -1, -1, 0): turn.TRANSVERSE,
     }[_matrix(frame)]
-    image = frame.to_image(threads=1)  # threads are started anew for each frame, and their stacks count as memory
+    image = _rgb(images, frame)
     if turned is not None:
         image = image.transpose(turned)
     resample = {"bicubic": images.Resampling.BICUBIC, "bilinear": images.Resampling.BILINEAR}[question["resample"]]
     size = (question["width"], question["height"])
     return (image if image.size == size else image.resize(size, resample)).tobytes()
+
+
+def _rgb(images: Any, frame: Any) -> Any:
+    """A frame in RGB; where it is transparent it lies on white, as pictures do."""
+    # Threads are started anew for each frame, and their stacks count as memory.
+    if not any(component.is_alpha for component in frame.format.components):
+        return frame.to_image(threads=1)
+    plane = frame.reformat(format="rgba", threads=1).planes[0]
+    step, from_the_top = abs(plane.line_size), 1 if plane.line_size > 0 else -1
+    size = (frame.width, frame.height)
+    rgba = images.frombuffer("RGBA", size, bytes(plane), "raw", "RGBA", step, from_the_top)
+    return images.alpha_composite(images.new("RGBA", size, (255, 255, 255, 255)), rgba).convert("RGB")
 
 
 def _decode(av: Any, images: Any, question: dict[str, Any], source: BinaryIO) -> list[bytes]:

@@ -19,7 +19,7 @@ from siglance.engine.errors import InputError, VideoError
 from siglance.engine.video import Clip, clock, is_video, open_clip
 from siglance.engine.video_frames import Index, choose
 
-from .video_files import HEIGHT, WIDTH, clip, counter_picture, read_counter, sound_only
+from .video_files import HEIGHT, WIDTH, clip, counter_picture, read_counter, sound_only, transparent
 
 LIMITS = Limits()
 
@@ -212,6 +212,14 @@ def test_colours_are_those_of_the_picture():
     expected = counter_picture(0).astype(int)
     inner = np.abs(whole - expected)[HEIGHT // 3 + 2 :, 4 : WIDTH // 2 - 4]
     assert inner.max() <= 4
+
+
+@pytest.mark.parametrize(("codec", "pixels"), [("png", "rgba"), ("qtrle", "argb"), ("prores_ks", "yuva444p10le")])
+def test_a_transparent_frame_lies_on_white(codec, pixels):
+    """Green of which nothing, half and all is to be seen."""
+    frame = opened(transparent(codec, pixels)).pixels(0, 48, 96, "bicubic")
+    expected = [[255, 255, 255], [127, 227, 127], [0, 200, 0]]
+    np.testing.assert_allclose(frame[24, [8, 48, 88]], expected, atol=4)
 
 
 def test_frames_come_in_any_order_and_again():

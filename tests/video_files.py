@@ -112,6 +112,20 @@ def clip(
     return path.read_bytes() if path else file.getvalue()
 
 
+def transparent(codec: str, pixels: str) -> bytes:
+    """QuickTime: one frame of 96x48, green, of which nothing is to be seen on the left and all on the right."""
+    rgba = np.zeros((48, 96, 4), np.uint8)
+    rgba[..., 1] = 200
+    rgba[..., 3] = np.repeat([0, 128, 255], 32)
+    file = io.BytesIO()
+    with av.open(file, "w", format="mov") as output:
+        stream = output.add_stream(codec, rate=5)
+        stream.width, stream.height, stream.pix_fmt = 96, 48, pixels
+        output.mux(stream.encode(av.VideoFrame.from_ndarray(rgba, format="rgba").reformat(format=pixels)))
+        output.mux(stream.encode(None))
+    return file.getvalue()
+
+
 def sound_only(container: str = "mp4") -> bytes:
     """A file with a track of sound and no picture."""
     file = io.BytesIO()
