@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import time
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
@@ -12,7 +14,10 @@ from hypothesis import strategies as st
 
 from siglance.engine import Engine, Grammar, Sampling, Tool, ToolCall, ToolResult
 from siglance.engine.call_grammar import MAX_SCHEMA_BYTES, call_grammar
+from siglance.engine.calls import CallRules
 from siglance.engine.errors import GrammarError, InputError, PromptError
+from siglance.engine.guide import Guide
+from siglance.engine.thinking import Markers, ReplyParts
 
 from . import tool_trees
 from .held_schemas import declarations, is_valid, rambling
@@ -220,6 +225,23 @@ def test_a_thought_that_never_reaches_its_call_is_truncated(engine, spell):
     ids = spell("<|channel>thought\nhmm hmm hmm")
     reply = ask(engine, ids, tools=[WEATHER], tool_choice="required", thinking=True, max_tokens=8)
     assert (reply.truncated, reply.thought_finished, reply.tool_calls) == (True, False, ())
+
+
+def test_behind_a_call_no_thought_begins():
+    """A reply of calls may think before the first of them; behind it another call follows, or the end."""
+    markers, stop = Markers(thought=10, thought_end=11, call=12, call_end=13, quote=14), 1
+    parts = SimpleNamespace(in_answer=True, in_thought=False, in_call=False, thoughts=0, calls=[])
+    guide = Guide(None, CallRules(required=True), markers, cast(ReplyParts, parts), thinking=True)
+
+    def allowed() -> list[int]:
+        mask = guide.mask(32, {stop})
+        assert mask is not None
+        return np.flatnonzero(np.unpackbits(mask, bitorder="little")).tolist()
+
+    assert (allowed(), guide.forced()) == ([markers.thought, markers.call], [])
+    guide.follow(markers.call)
+    parts.calls.append("a call")
+    assert (allowed(), guide.forced()) == ([stop, markers.call], [])
 
 
 def test_candidates_and_log_probabilities(engine):
