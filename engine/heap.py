@@ -46,6 +46,16 @@ def _malloc_trim() -> ctypes._NamedFuncPointer | None:
     return trim
 
 
+def _unlock() -> None:
+    """In a process that was forked while a thread was loading, nobody would ever come out."""
+    global _LOADING
+    _LOADING = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_unlock)
+
+
 @contextlib.contextmanager
 def mapped_to_load(file: Path) -> Iterator[None]:
     """Let go of the pages of `file` that what is loaded inside has mapped; whoever reads one gets it from the file.

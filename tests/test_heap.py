@@ -7,6 +7,8 @@ import mmap
 import os
 import platform
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -111,6 +113,23 @@ def test_a_mapping_that_was_written_to_keeps_what_is_in_it(tmp_path):
         array[5000] = 7
     assert array[5000] == 7
     assert array.sum() == (1 << 20) + 6
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_a_process_that_is_forked_during_a_load_can_load(tmp_path):
+    program = """
+import os, sys
+from pathlib import Path
+from siglance.engine import heap
+with heap.mapped_to_load(Path("nothing")):
+    child = os.fork()
+    if not child:
+        with heap.mapped_to_load(Path("nothing")):
+            os._exit(7)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30, cwd=tmp_path)
+    assert done.stdout.strip() == "7", done.stderr
 
 
 @pytest.mark.parametrize("missing", ["_MAPS", "_PAGES", "_HUGE_SIZE", "_SIZES"])
