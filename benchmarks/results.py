@@ -98,7 +98,9 @@ def command(name: str) -> str:
 def table(name: str, markdown: Callable[[dict[str, Any]], str]) -> str:
     """The command, and the table that the benchmark writes of its results."""
     found = read(name)
-    return f"{command(name)}\n\n{'Not measured yet.' if found is None else markdown(found).strip()}"
+    if found is None:
+        return f"{command(name)}\n\nNot measured yet."
+    return "\n\n".join(filter(None, [command(name), remark(name), markdown(found).strip()]))
 
 
 def goal(what: str, value: float | None, wanted: float, unit: str = "x", *, most: bool = False) -> str:
@@ -172,7 +174,7 @@ def speed_section() -> str:
         rows.append(goal(f"decode after {tokens}, of this machine's limit", share, 65, " %"))
     facts = found["engines"][ours]
     lines += [
-        f"`{ours}` has the perplexity {facts['perplexity']:.2f}, {LLAMA} {limit:.2f}. {commit('peers')}",
+        f"`{ours}` has the perplexity {facts['perplexity']:.2f}, {LLAMA} {limit:.2f}. {remark('peers')}",
         goals(*rows),
         peers.markdown(found).strip(),
         "The limit is the slower of bytes over bandwidth and operations over GEMV rate, by `siglance bench`:",
@@ -213,6 +215,7 @@ def repeats_section() -> str:
     if found is None:
         return "\n\n".join([*lines, "Not measured yet."])
     lines += [
+        *filter(None, [remark("structured")]),
         f"Lists of boxes by the embedded demo, {found['scenes']} scenes, each freely and by a grammar in turns: "
         f"{found['forced_share']:.1%} of {found['tokens']} tokens are forced and run in one pass with the next; a "
         f"reply takes {found['structured_ms']:.1f} ms by the grammar and {found['free_ms']:.1f} ms freely, "
@@ -234,6 +237,7 @@ def last_row_section() -> str:
     found = read("bench-e2b")
     if found is None:
         return "\n\n".join([*lines, "Not measured yet."])
+    lines += filter(None, [remark("bench-e2b")])
     stages = found["ttft_ms"]
     names = [name for name in stages if isinstance(stages[name], int | float) and name not in ("prompt_tokens",)]
     lines.append(
@@ -315,10 +319,9 @@ def frontier_section() -> str:
     return "\n\n".join(lines)
 
 
-def commit(name: str) -> str:
-    """Which state of the repository was measured, as COMMITS says."""
-    known = read("commits") or {}
-    return f"Measured at commit {known[name]}." if name in known else ""
+def remark(name: str) -> str:
+    """Which state of the repository was measured and what else is to be known, as remarks.json says."""
+    return (read("remarks") or {}).get(name, "")
 
 
 def _surroundings(facts: dict[str, Any]) -> str:
