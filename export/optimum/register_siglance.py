@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from argparse import ArgumentParser
 from pathlib import Path
+from typing import Any
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo  # pyright: ignore[reportMissingImports]
 from optimum.commands.export.base import ExportCommand  # pyright: ignore[reportMissingImports]
@@ -43,7 +44,7 @@ class SiglanceExportCommand(BaseOptimumCLICommand):
         from siglance.engine.cli import export  # pyright: ignore[reportMissingImports]
         from siglance.engine.errors import SiglanceError  # pyright: ignore[reportMissingImports]
 
-        options = self.args
+        options: Any = self.args  # None only before the command line is read
         try:
             export(
                 options.model,
