@@ -4,8 +4,8 @@
 
 For each bundle two processes in turns: the program `siglance run` with a picture, until the first byte of its answer,
 and one that only loads the engine and then says how long that took and how much memory it had at most. "Cold" means
-that the system was asked before to forget the files of the bundle, of Python and of all its packages; what other
-processes have mapped stays, and the last column says how much that was. "New" is a first start: the hashes of the
+that the system was asked before to forget the files of the bundle and of all modules and libraries that are used; what
+other processes have mapped stays, and the last column says how much that was. "New" is a first start: the hashes of the
 bundle's files are not known yet, so all of it is read. Writes RESULTS.json and RESULTS.md.
 """
 
@@ -16,11 +16,9 @@ import ctypes
 import json
 import mmap
 import os
-import site
 import statistics
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import time
 from collections.abc import Iterator
@@ -30,7 +28,6 @@ from typing import Any
 
 import numpy as np
 
-import siglance.engine
 from siglance.engine.bench.report import machine
 from siglance.engine.bundle import find_bundle
 from siglance.engine.graph import versions
@@ -49,6 +46,19 @@ with open("/proc/self/status") as file:
     status = file.read()
 peak, now = (int(re.search(rf"^{name}:\\s*(\\d+)", status, re.M)[1]) * 1024 / 1e6 for name in ("VmHWM", "VmRSS"))
 print(json.dumps({"import": imported - begin, "load": loaded - imported, "peak_mb": peak, "resident_mb": now}))
+"""
+
+_LIST = """
+import json, sys
+import siglance.engine.cli
+from siglance.engine import Engine
+with Engine.open("demo") as engine:
+    engine.generate("count", max_tokens=2)
+names = ("__file__", "__cached__")
+files = {str(getattr(module, name, None)) for module in [*sys.modules.values()] for name in names}
+with open("/proc/self/maps") as maps:
+    files |= {line.split(None, 5)[5].strip() for line in maps if "/" in line}
+print(json.dumps(sorted(files)))
 """
 
 
@@ -94,13 +104,10 @@ def measure(name: str, rounds: int) -> dict[str, Any]:
 
 
 def _files(bundle: Path) -> Iterator[Path]:
-    """The files that a start may read: of the bundle, of siglance, of Python's packages and of Python itself."""
-    code = Path(siglance.engine.__file__).parents[1]
-    folders = {bundle, code, Path(sysconfig.get_path("stdlib")), *map(Path, site.getsitepackages())}
-    for folder in folders:
-        yield from (path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
-    library = Path(sysconfig.get_config_var("LIBDIR") or "/", sysconfig.get_config_var("INSTSONAME") or "none")
-    yield from (path for path in (library, Path(sys.executable).resolve()) if path.is_file())
+    """The files that a start reads: of the bundle, and those of the modules and libraries of a run of the demo."""
+    done = subprocess.run([sys.executable, "-P", "-c", _LIST], capture_output=True, text=True, check=True)
+    yield from (path for path in bundle.iterdir() if path.is_file())
+    yield from (path for path in map(Path, json.loads(done.stdout)) if path.is_file())
 
 
 def _forget(files: list[Path]) -> int:
