@@ -120,3 +120,19 @@ def test_an_engine_answers_as_before_whatever_run_was_ended(demo, cache):
         else:
             break
     assert number == interruption.runs > 8
+
+
+@pytest.mark.parametrize("wanted", [1, 3])
+def test_a_prompt_is_left_between_its_chunks(demo, monkeypatch, wanted):
+    """`cancelled` alone, of a caller that interrupts nothing, is looked at before each chunk."""
+    runs = []
+    run = demo.runtime.decoder.run_bound
+
+    def counted(binding):
+        runs.append(binding)
+        run(binding)
+
+    monkeypatch.setattr(demo.runtime.decoder, "run_bound", counted)
+    with pytest.raises(Cancelled):
+        demo.generate("count the red circles", **GREEDY, prefill_chunk=2, cancelled=lambda: len(runs) == wanted)
+    assert len(runs) == wanted

@@ -237,21 +237,21 @@ def test_size_of_files(folder):
     assert len(read(reader, (folder / "full").as_uri())) == LIMIT
 
 
-def test_a_file_that_becomes_a_link_after_it_was_looked_at(folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("name", "target"), [("inner", "secret"), ("cat.png", "secret/key")])
+def test_what_becomes_a_link_after_it_was_looked_at(folder, tmp_path, monkeypatch, name, target):
     """The path is checked and then opened step by step, without following links: what it is by then counts."""
     reader = FileReader((folder,), LIMIT)
     real = os.path.realpath
 
     def swapped(path, **options):
         found = real(path, **options)
-        inner = folder / "inner"
-        if not inner.is_symlink():
-            inner.rename(tmp_path / "was-inner")
-            inner.symlink_to(tmp_path / "secret")
+        if not (folder / name).is_symlink():
+            (folder / name).rename(tmp_path / "before")
+            (folder / name).symlink_to(tmp_path / target)
         return found
 
     monkeypatch.setattr(os.path, "realpath", swapped)
-    uri = urllib.parse.urlsplit(f"file://{folder}/inner/key")
+    uri = urllib.parse.urlsplit(f"file://{folder}/{name}{'/key' if name == 'inner' else ''}")
     assert refused(reader.read, uri, "part").status == 403
 
 
