@@ -42,6 +42,8 @@ __all__ = [
 
 FORMAT = 1
 MANIFEST_NAME = "siglance.json"
+_MOST_PIXELS = 2**26  # that a picture is resized to, 200 MB of RGB: 25 times what the models of today see
+_MOST_CROPS = 64
 
 # Graphs ("vision" only with images, "audio" only with sound), then the rest; without a "chat_template" it is a base
 # model, always raw.
@@ -356,6 +358,9 @@ def _check(manifest: Manifest) -> None:
         _check_audio(manifest.audio, manifest.requires)
     if manifest.image is not None:
         _check_image(manifest.image, manifest.requires)
+        budgets = manifest.image.budgets + (() if manifest.video is None else manifest.video.budgets)
+        pixels = max(budgets) * (manifest.image.patch_size * manifest.image.pool_size) ** 2
+        _require(pixels <= _MOST_PIXELS, "image", manifest.image, f"at most {_MOST_PIXELS} pixels of a picture")
 
 
 def _require(condition: bool, key: str, value: object, wanted: str) -> None:
@@ -381,6 +386,8 @@ def _check_prompt(manifest: Manifest) -> None:
         needs == first, "requires", manifest.requires, f"'prompt:media_first' to follow the layout {facts.layout!r}"
     )
     _require(first or not facts.end, "prompt.end", facts.end, "\"\" for the layout 'inline'")
+    for kind, place in facts.placeholders.items():
+        _require(bool(place.item), f"prompt.{kind}.item", place.item, "what a chat template writes for it")
     template = "chat_template" in manifest.files
     _require(
         not (first and template), "files", sorted(manifest.files), "no chat template with the layout 'media_first'"
@@ -414,5 +421,6 @@ def _check_image(facts: ImageFacts, requires: tuple[str, ...]) -> None:
         _require(facts.budgets == (square,), "image.budgets", facts.budgets, "one square number of soft tokens")
     crops = facts.pan_and_scan
     if crops is not None:
-        _require(crops.min_crop > 0 and crops.max_crops > 1, "image.pan_and_scan", crops, "positive sizes and crops")
+        possible = crops.min_crop > 0 and 1 < crops.max_crops <= _MOST_CROPS
+        _require(possible, "image.pan_and_scan", crops, f"positive sizes and crops, at most {_MOST_CROPS}")
         _require(crops.min_ratio >= 1, "image.pan_and_scan.min_ratio", crops.min_ratio, "a number from 1 up")

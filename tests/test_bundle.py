@@ -46,6 +46,8 @@ def edit(folder, change) -> None:
 
 # --- the manifest
 
+CROPS = {"min_crop": 1, "max_crops": 4, "min_ratio": 1.2, "before_full": "", "before_crops": "", "between_crops": ""}
+
 
 def test_writing_and_reading_is_the_identity(original):
     manifest = original.bundle.manifest
@@ -67,6 +69,11 @@ def test_writing_and_reading_is_the_identity(original):
         (lambda values: values.update(stop_ids=[1, -1]), "stop_ids"),
         (lambda values: values["sampling"].update(temperature="hot"), "sampling.temperature"),
         (lambda values: values["image"].update(default_budget=71), "image.default_budget"),
+        (lambda values: values["image"].update(budgets=[10**12], default_budget=10**12), "'image'"),
+        (lambda values: values["image"].update(pool_size=10**6), "'image'"),
+        (lambda values: values["video"].update(budgets=[10**9], default_budget=10**9), "'image'"),
+        (lambda values: values["image"].update(pan_and_scan=CROPS | {"max_crops": 10**6}), "image.pan_and_scan"),
+        (lambda values: values["prompt"]["image"].update(item=""), "prompt.image.item"),
         (lambda values: values.update(target="tpu"), "target"),
         (lambda values: values["files"].pop("decoder"), "files"),
         (lambda values: values["files"].pop("vision"), "vision"),  # it says that it sees (case 73)
