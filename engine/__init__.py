@@ -4,8 +4,8 @@ A map for those who read the code, in the order in which a request passes throug
 
 Surface: `engine` (Engine), `chat` (Chat), `parts` (what a prompt is made of), `reply` (what comes back), `errors` (all
     of them), `limits` (bounds of what comes from outside).
-Bundle: `bundle` (folder, hashes), `manifest` (facts, strict reader), `external_data` and `protobuf` (weights that a
-    graph file names), `self_test`, `inspect`.
+Bundle: `bundle` (folder, hashes), `manifest` (facts), read by `strict_json`, `external_data` and `protobuf` (weights
+    that a graph file names), `self_test`, `inspect`.
 Media to pixels and samples: `sources` (path, bytes, file, data URI), `media` (which kind it is), `known_files` (files
     seen before); `image`, `image_files`, `image_modes`; `pdf`, `video`, `video_frames` and `audio`, which ask the
     processes of `worker`: `pdf_worker`, `video_worker`, `audio_worker`, bounded by `worker_limits`.

@@ -11,12 +11,11 @@ import dataclasses
 import json
 import math
 import sys
-import types
 import typing
 from dataclasses import dataclass
-from typing import Any
 
 from .errors import BundleError, UnsupportedBundle
+from .strict_json import build, unique_keys
 
 __all__ = [
     "FILES",
@@ -240,7 +239,7 @@ def read_manifest(text: str) -> Manifest:
     for a format or a mechanism this engine does not know.
     """
     try:
-        raw = json.loads(text, object_pairs_hook=_unique_keys)
+        raw = json.loads(text, object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:  # ValueError also for an integer of thousands of digits
         raise BundleError(f"{MANIFEST_NAME} is not JSON: {error}") from None
     if not isinstance(raw, dict):
@@ -249,7 +248,7 @@ def read_manifest(text: str) -> Manifest:
         raise UnsupportedBundle(
             f"{MANIFEST_NAME}: format {raw.get('format')!r} is not supported, this engine reads format {FORMAT}"
         )
-    manifest = typing.cast(Manifest, _build(Manifest, raw, ""))
+    manifest = typing.cast(Manifest, build(Manifest, raw, MANIFEST_NAME))
     unknown = [name for name in manifest.requires if name not in MECHANISMS]
     if unknown:
         raise UnsupportedBundle(
@@ -263,52 +262,6 @@ def read_manifest(text: str) -> Manifest:
 def write_manifest(manifest: Manifest) -> str:
     """The text of `siglance.json` for `manifest`; `read_manifest` gives the same value back."""
     return json.dumps(dataclasses.asdict(manifest), indent=1, ensure_ascii=False) + "\n"
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} occurs twice in one object")
-    return values
-
-
-def _build(kind: Any, value: Any, where: str) -> Any:
-    """Convert parsed JSON to `kind`, which is a dataclass, a container of one, or a scalar type."""
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if dataclasses.is_dataclass(kind):
-        return _build_dataclass(typing.cast(type, kind), value, where)
-    if origin in (types.UnionType, typing.Union):  # only "X | None" occurs
-        return None if value is None else _build(arguments[0], value, where)
-    if origin is tuple:
-        if not isinstance(value, list):
-            raise BundleError(f"{MANIFEST_NAME}: '{where}' must be a list, not {type(value).__name__}")
-        if arguments[-1] is not Ellipsis and len(value) != len(arguments):
-            raise BundleError(f"{MANIFEST_NAME}: '{where}' must have {len(arguments)} items, not {len(value)}")
-        return tuple(_build(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(value))
-    if origin is dict:
-        if not isinstance(value, dict):
-            raise BundleError(f"{MANIFEST_NAME}: '{where}' must be an object, not {type(value).__name__}")
-        return {key: _build(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
-    if kind is float and type(value) is int and abs(value) < 2**53:
-        return float(value)
-    if type(value) is not kind:
-        raise BundleError(f"{MANIFEST_NAME}: '{where}' must be of type {kind.__name__}, not {type(value).__name__}")
-    return value
-
-
-def _build_dataclass(kind: type, value: Any, where: str) -> Any:
-    if not isinstance(value, dict):
-        raise BundleError(f"{MANIFEST_NAME}: '{where}' must be an object, not {type(value).__name__}")
-    hints = typing.get_type_hints(kind)
-    prefix = f"{where}." if where else ""
-    for key in value:
-        if key not in hints:
-            raise BundleError(f"{MANIFEST_NAME}: unknown key '{prefix}{key}' (known here: {', '.join(hints)})")
-    for key in hints:
-        if key not in value:
-            raise BundleError(f"{MANIFEST_NAME}: missing key '{prefix}{key}'")
-    return kind(**{key: _build(hints[key], value[key], prefix + key) for key in hints})
 
 
 def _check(manifest: Manifest) -> None:
