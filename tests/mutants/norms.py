@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -21,10 +22,12 @@ def _plain_weight(matching: str = "") -> Callable[[Any], Any]:
     """w instead of 1 + w in norms whose name has `matching` in it."""
 
     def wrong(right: Callable[..., Any]) -> Callable[..., Any]:
-        def norm(graph: Any, source: Any, name: str, size: int) -> Any:
+        def norm(graph: Any, source: Any, name: str, size: int, *scale: float) -> Any:
             if matching not in name:
-                return right(graph, source, name, size)
-            return graph.weight(f"{name}.weight", (size,), lambda: [source.read(f"{name}.weight", (size,))])
+                return right(graph, source, name, size, *scale)
+            return graph.weight(
+                f"{name}.weight", (size,), lambda: [math.prod(scale) * source.read(f"{name}.weight", (size,))]
+            )
 
         return norm
 

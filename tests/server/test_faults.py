@@ -48,8 +48,13 @@ def test_a_server_that_is_killed_and_started_again(tmp_path):
             status, answer = server.ask("POST", "/v1/chat/completions", body)
             assert status == 200
             answers.append(json.loads(answer)["choices"])
-            with socket.create_connection(server.address(), timeout=60) as connection:
-                data = json.dumps({**ASK, "stream": True, "max_tokens": 1000, "logit_bias": endless}).encode()
+            # More bytes than the buffers of a connection hold: the reply cannot end before somebody reads it.
+            long = {"stream": True, "max_tokens": 1000, "n": 8, "logprobs": True, "top_logprobs": 20}
+            with socket.socket() as connection:
+                connection.settimeout(60)
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+                connection.connect(server.address())
+                data = json.dumps({**ASK, **long, "logit_bias": endless}).encode()
                 connection.sendall(
                     b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
                     + f"Content-Length: {len(data)}\r\n\r\n".encode()
