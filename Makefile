@@ -28,13 +28,13 @@ demo: .venv/installed-cpu
 	$(BIN)/siglance run -i tests/data/scene.png -p "detect all" --draw scene-boxes.png
 	@echo "wrote scene-boxes.png"
 
-# Two processes; the tests of one file stay together, because they share bundles.
+# The fast suite in two processes; the tests of one file stay together, because they share bundles.
 test: .venv/installed-dev
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 # Downloads the real Gemma 3 270M (253 MB, Gemma terms of use) into .cache/ and compares with its golden tokens.
 test-real: .venv/installed-parity
-	$(BIN)/python -m pytest -q -m real
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m real
 
 parity: .venv/installed-parity
 	$(BIN)/python -m pytest -q -m parity
