@@ -19,7 +19,6 @@ pytestmark = pytest.mark.real
 CACHE = Path(os.environ.get("SIGLANCE_TEST_CACHE") or Path(__file__).parents[2] / ".cache") / "gemma3-270m"
 GOLDEN = json.loads((Path(__file__).parents[1] / "goldens" / "gemma3-270m.json").read_text(encoding="utf-8"))
 CASES = {case["name"]: case for case in GOLDEN["cases"]}
-WEIGHTS = 1_072_393_216  # bytes of the checkpoint's parameters in float32
 MEGABYTE = 1e6
 
 
@@ -80,7 +79,7 @@ def engine(exported):
 def test_export_peak_memory(exported):
     """The most is the self-test in a child: the weights, mapped once (1.07 GB), and two interpreters beside them."""
     print(f"export of the 270M fp32 folder: peak {exported[1] / MEGABYTE:.0f} MB resident, children included")
-    assert exported[1] < 1.25 * WEIGHTS
+    assert exported[1] < 1300 * MEGABYTE
 
 
 @pytest.mark.parametrize("name", CASES)
