@@ -37,10 +37,10 @@ test-real: .venv/installed-parity
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m real
 
 parity: .venv/installed-parity
-	$(BIN)/python -m pytest -q -m parity
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m parity
 
 fuzz: .venv/installed-dev
-	$(BIN)/python -m pytest -q -m fuzz
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m fuzz
 
 load: .venv/installed-dev
 	$(BIN)/python -m pytest -q -m load

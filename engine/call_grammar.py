@@ -2,9 +2,9 @@
 
 The call is in the format of `tool_format`: keys bare and sorted, texts between quote tokens. Two details differ from
 what a chat template would write. A text that has a "pattern" or a "format" stands in double quotes, as in JSON, because
-llguidance knows how to hold those to them, up to small print of formats (a leap second in any minute of a "time");
-readers of calls take both. And numbers are within what a reader can hold: 18 digits of an integer, 15 before the point
-of any other number.
+llguidance knows how to hold those to them, up to small print of formats (a leap second in any minute of a "time", the
+29th of February in every year); readers of calls take both. And numbers are within what a reader can hold: 18 digits of
+an integer, 15 before the point of any other number.
 
 The grammar has no recursion: each rule knows how many objects and lists are around it, so that no call nests deeper
 than it may. Equal rules are one.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
+from datetime import date
 from typing import Any
 
 import jsonschema_rs
@@ -17,7 +19,8 @@ from .tool_trees import names, texts
 
 __all__ = ["declarations", "is_valid", "rambling"]
 
-# Of times and addresses llguidance allows more: a leap second in any minute, names of any length.
+# Of times and addresses llguidance allows more: a leap second in any minute, names of any length; of dates the 29th of
+# February in every year.
 _FORMATS = ("date", "uuid", "ipv4")
 _PATTERNS = ("^[a-c]{1,3}$", "x", "^é|[0-9]$", '^(a"b|\\\\)+$', "^$")
 
@@ -146,7 +149,19 @@ def is_valid(call: ToolCall, tools: Sequence[Tool]) -> bool:
         known = {*schema.get("properties", {}), *schema.get("required", ())}
         if not call.arguments.keys() <= known:
             return False
-    return jsonschema_rs.validator_for(dict(schema), validate_formats=True).is_valid(json.loads(_text(call)))
+    validator = jsonschema_rs.validator_for(dict(schema), validate_formats=True, formats={"date": _is_date})
+    return validator.is_valid(json.loads(_text(call)))
+
+
+def _is_date(text: str) -> bool:
+    """Whether it is a date of a leap year, whatever its year is."""
+    if not re.fullmatch(r"[0-9]{4}-[0-9]{2}-[0-9]{2}", text):
+        return False
+    try:
+        date.fromisoformat(f"2000{text[4:]}")
+    except ValueError:
+        return False
+    return True
 
 
 def _text(call: ToolCall) -> str:

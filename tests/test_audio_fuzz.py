@@ -3,8 +3,6 @@ process."""
 
 from __future__ import annotations
 
-import resource
-
 import numpy as np
 import pytest
 
@@ -13,7 +11,7 @@ from siglance.engine.audio import is_sound, open_sound
 from siglance.engine.errors import AudioError
 
 from .audio_files import FORMATS, encoded, tone, video_with_sound
-from .test_fuzz import INPUTS, MOST_KEPT, SEED, Watch, memory, mutated
+from .test_fuzz import INPUTS, MOST_KEPT, SEED, Watch, largest_child, memory, mutated
 
 pytestmark = pytest.mark.fuzz
 
@@ -45,7 +43,7 @@ def test_mutated_sounds():
                 refused.append(str(error))
     crashed = [message for message in refused if "ended with" in message]
     late = [message for message in refused if "not decoded after" in message]
-    peak = 1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    peak = largest_child()
     print(
         f"{count} sounds (seed {SEED}): {opened} opened, {samples / 16_000:.0f} s, {len(refused)} refused, of these "
         f"{len(crashed)} because their process ended and {len(late)} at the limit on time; largest process "

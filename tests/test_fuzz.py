@@ -144,6 +144,15 @@ def memory(name: str) -> int:
     return int(re.search(rf"^{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)[1])
 
 
+def largest_child() -> int:
+    """Most bytes that one of the processes that have ended held, 0 if that is no more than this one has held.
+
+    Linux starts the record of a process with that of the process that starts it, so smaller ones cannot be seen.
+    """
+    most = 1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    return most if most > 1.02 * 1024 * memory("VmHWM") else 0
+
+
 @pytest.mark.filterwarnings("ignore")  # Pillow reports damaged metadata as warnings
 def test_mutated_images():
     rng, files = np.random.default_rng(SEED), originals()
@@ -196,7 +205,7 @@ def test_mutated_documents():
     ended = [message for message in refused if "ended with" in message]
     over = [message for message in ended if "SIGABRT" in message]
     late = [message for message in refused if "not done after" in message]
-    peak = 1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    peak = largest_child()
     print(
         f"{count} documents (seed {SEED}): {opened} opened, {drawn} pages drawn, {len(refused)} refused, of these "
         f"{len(over)} at the limit on memory and {len(late)} at the limit on time; {len(ended) - len(over)} crashed, "
@@ -204,7 +213,7 @@ def test_mutated_documents():
     )
     assert not any("\n" in message for message in refused)
     assert ended == over
-    assert bool(over) == (peak > 0.9 * limits.max_page_memory)  # an abort for another reason would be a crash
+    assert not over or peak == 0 or peak > 0.9 * limits.max_page_memory  # an abort for another reason would be a crash
     assert watch.slowest < SLOWEST
     assert peak < limits.max_page_memory + 100_000_000
     assert memory("VmRSS") - watch.first < MOST_KEPT

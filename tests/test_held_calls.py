@@ -22,6 +22,7 @@ from siglance.engine.thinking import Markers, ReplyParts
 from . import tool_trees
 from .held_schemas import declarations, is_valid, rambling
 from .scripted import scripted
+from .test_fuzz import INPUTS
 from .test_grammar import TOY, TOY_CONSTRAINTS
 from .tool_template import speller, thinking_bundle
 
@@ -84,7 +85,7 @@ def test_law_a_reply_that_must_call_calls_as_declared(engine, tools, seed, named
 
 
 @pytest.mark.fuzz
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=3 * INPUTS // 10, deadline=None)
 @given(declarations(), st.integers(0, 2**32))
 def test_law_a_reply_that_must_call_calls_as_declared_at_length(engine, tools, seed):
     check_forced(engine, tools, seed, "required")
@@ -108,7 +109,7 @@ def test_law_calls_of_strict_tools_are_valid(engine, tools, seed):
 
 
 @pytest.mark.fuzz
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=3 * INPUTS // 10, deadline=None)
 @given(declarations().filter(lambda tools: any(tool.strict for tool in tools)), st.integers(0, 2**32))
 def test_law_calls_of_strict_tools_are_valid_at_length(engine, tools, seed):
     check_strict(engine, tools, seed)

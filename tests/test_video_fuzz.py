@@ -3,8 +3,6 @@ processes."""
 
 from __future__ import annotations
 
-import resource
-
 import numpy as np
 import pytest
 
@@ -12,7 +10,7 @@ from siglance.engine import Limits
 from siglance.engine.errors import VideoError
 from siglance.engine.video import open_clip
 
-from .test_fuzz import INPUTS, MOST_KEPT, SEED, Watch, memory, mutated
+from .test_fuzz import INPUTS, MOST_KEPT, SEED, Watch, largest_child, memory, mutated
 from .test_video import CONTAINERS
 from .video_files import clip
 
@@ -48,7 +46,7 @@ def test_mutated_videos():
                 refused.append(str(error))
     crashed = [message for message in refused if "ended with" in message]
     late = [message for message in refused if "not done after" in message]
-    peak = 1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    peak = largest_child()
     print(
         f"{count} videos (seed {SEED}): {opened} opened, {frames} frames, {len(refused)} refused, of these "
         f"{len(crashed)} because their process ended and {len(late)} at the limit on time; largest process "
