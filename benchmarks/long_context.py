@@ -74,7 +74,7 @@ def measure(bundle: Bundle, pasts: list[int], steps: int, rounds: int) -> dict[s
             if round >= 0:
                 took[str(past)].append(1e3 * (time.perf_counter() - begin) / steps)
     kinds = _kinds(bundle)
-    parts = {}
+    parts, events = {}, []
     for past in pasts:
         with tempfile.TemporaryDirectory() as folder:
             runtime.decoder = Graph(bundle.path("decoder"), runtime.device, profile=Path(folder) / "decoder")
@@ -84,30 +84,39 @@ def measure(bundle: Bundle, pasts: list[int], steps: int, rounds: int) -> dict[s
                 session.step(1000)
             events = json.loads(runtime.decoder.end_profiling().read_text(encoding="utf-8"))
         parts[str(past)] = _split(events, kinds, steps)
-    counts = {kind: list(kinds.values()).count(kind) for kind in (WINDOWED, GLOBAL)}
-    return {"step_ms": took, "parts_ms": parts, "layers": counts}
+    return {"step_ms": took, "parts_ms": parts, "layers": _layers(events, kinds)}
 
 
 def _kinds(bundle: Bundle) -> dict[str, str]:
     """The kind of attention of each node that is one: which buffers it reads says whether it has a window."""
     graph = read_graph(bundle.path("decoder"))
-    owners = {output: node for node in graph.nodes for output in node.outputs if output}
+    owners = {output: node for node in graph.all_nodes() for output in node.outputs if output}
     windows = {pair.input for pair in bundle.manifest.state if pair.kind == "window"}
     kinds = {}
-    for node in graph.nodes:
+    for node in graph.all_nodes():
         if node.op_type == "GroupQueryAttention":
             past = node.inputs[3]
-            while past not in graph.inputs:  # reads what another layer has written
-                past = owners[past].inputs[3]
+            while past not in graph.inputs:  # what another layer has written, or a state of 8 bits, widened
+                past = owners[past].inputs[0 if owners[past].op_type == "DequantizeLinear" else 3]
             kinds[node.name] = WINDOWED if past in windows else GLOBAL
     return kinds
 
 
+def _layers(events: list[dict[str, Any]], kinds: dict[str, str]) -> dict[str, int]:
+    """How many layers there are of each kind: by what ran, for a layer may have a node for single rows alone."""
+    ran = {event["name"].removesuffix("_kernel_time") for event in events}
+    return {kind: sum(of == kind and name in ran for name, of in kinds.items()) for kind in (WINDOWED, GLOBAL)}
+
+
 def _split(events: list[dict[str, Any]], kinds: dict[str, str], steps: int) -> dict[str, float]:
-    """Milliseconds of a step by part: the median over the steps for each node, then the sum of its nodes."""
+    """Milliseconds of a step by part: the median over the steps for each node, then the sum of its nodes.
+
+    Nodes that an If runs have times of their own.
+    """
     nodes: dict[tuple[str, str], list[float]] = {}
     for event in events:
-        if event["cat"] == "Node" and event["name"].endswith("_kernel_time"):
+        is_kernel = event["cat"] == "Node" and event["name"].endswith("_kernel_time")
+        if is_kernel and event["args"]["op_name"] != "If":
             name = event["name"].removesuffix("_kernel_time")
             nodes.setdefault((name, event["args"]["op_name"]), []).append(event["dur"] / 1e3)
     parts: dict[str, float] = dict.fromkeys((WINDOWED, GLOBAL, PRODUCTS, REST), 0.0)

@@ -86,6 +86,11 @@ class Runtime:
         self.memory.prepare = self.device_step.prepare
 
     @property
+    def rounds_states(self) -> bool:
+        """Whether keys and values enter the state in 8 bits, so that later rows see less of them than their own do."""
+        return any(self.decoder.inputs[pair.input].dtype == np.int8 for pair in self.manifest.state)
+
+    @property
     def providers(self) -> dict[str, list[str]]:
         """The execution providers that each graph loaded so far really runs on."""
         graphs = {"vision": self.vision, "audio": self._audio, "embed": self.embed, "decoder": self.decoder}

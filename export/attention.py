@@ -8,14 +8,16 @@ Shapes in comments: S tokens of a chunk, T tokens so far, D hidden size, H query
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
 from ..engine.manifest import StatePair
-from .builder import FLOAT, INT32, INT64, MICROSOFT, GraphBuilder
+from .builder import FLOAT, INT8, INT32, INT64, MICROSOFT, GraphBuilder
+from .plan import StateScales
 
 __all__ = [
     "Attention",
@@ -44,16 +46,23 @@ class DecoderInputs:
     total: ir.Value  # int32 [], on the host: number of tokens after this chunk, or more (at most the capacity)
     rows: ir.Value  # int64 [k]: rows of the chunk whose logits are wanted
     block_ends: ir.Value | None  # int64 [S]: where the block of a row ends (absolute, exclusive), 0 outside of blocks
+    single: ir.Value | None  # bool [1]: S is 1; for states of 8 bits
 
 
 def decoder_inputs(graph: GraphBuilder, hidden: int, *, blocks: bool = False) -> DecoderInputs:
     """Declare the inputs; `blocks` for decoders in which tokens of a block (a picture, a prefix) see each other."""
+    embeddings = graph.input("inputs_embeds", FLOAT, [1, "tokens", hidden])
+    single = None
+    if graph.plan.states:
+        one = graph.constant(np.array([1], np.int64), "one_row")
+        single = graph.op("Equal", graph.op("Shape", embeddings, start=1, end=2), one, name="single")
     return DecoderInputs(
-        graph.input("inputs_embeds", FLOAT, [1, "tokens", hidden]),
+        embeddings,
         graph.input("seqlens_k", INT32, [1]),
         graph.input("total_sequence_length", INT32, []),
         graph.input("logit_rows", INT64, ["logit_rows"]),
         graph.input("block_ends", INT64, ["tokens"]) if blocks else None,
+        single,
     )
 
 
@@ -116,15 +125,25 @@ class State:
     past_value: ir.Value
     window: int | None
     capacity: int | str
+    value_step: float | None = None  # of buffers of 8 bits: value = step * number, keys are numbers themselves
 
 
 def key_value_state(
-    graph: GraphBuilder, layer: int, heads: int, head_size: int, window: int | None, capacity: int | str
+    graph: GraphBuilder,
+    layer: int,
+    heads: int,
+    head_size: int,
+    window: int | None,
+    capacity: int | str,
+    scales: StateScales | None = None,
 ) -> State:
-    """Declare the state inputs of a layer: a fixed capacity for windows, the symbol "capacity" for global layers."""
-    shape = [1, heads, capacity, head_size]
-    key, value = (graph.input(_name("past", layer, part), graph.plan.dtype, shape) for part in _PARTS)
-    return State(layer, key, value, window, capacity)
+    """Declare the state inputs of a layer: a fixed capacity for windows, the symbol "capacity" for global layers.
+
+    With `scales` they have 8 bits, and the caller divides keys by theirs, and multiplies queries.
+    """
+    shape, dtype = [1, heads, capacity, head_size], graph.plan.dtype if scales is None else INT8
+    key, value = (graph.input(_name("past", layer, part), dtype, shape) for part in _PARTS)
+    return State(layer, key, value, window, capacity, None if scales is None else scales.value)
 
 
 def state_pairs(windowed: Iterable[bool]) -> tuple[StatePair, ...]:
@@ -176,33 +195,77 @@ def attention(
     if bias is not None and state.window is not None:
         raise ValueError("a window buffer cannot have a mask: the operator would evict what a block still needs")
     query, key, value = (_in_state_dtype(graph, part) for part in (query, key, value))
-    attributes: dict[str, float | int] = {}
-    if state.window is not None:
-        attributes = {"local_window_size": state.window, "sliding_window_cache": 1}
-    if bias is not None:
-        attributes["causal"] = 0
-    if facts.soft_cap is not None:
-        attributes["softcap"] = facts.soft_cap
-    output, present_key, present_value = graph.ops(
-        "GroupQueryAttention",
-        [
-            *(query, key, value, state.past_key, state.past_value),
-            *(inputs.lengths, inputs.total, facts.cos, facts.sin),
-            *((None, bias) if bias is not None else _no_sink(graph, facts) if state.window is not None else ()),
-        ],
-        3,
-        domain=MICROSOFT,
-        name="attention",
-        num_heads=facts.heads,
-        kv_num_heads=facts.key_value_heads,
-        scale=facts.scale,
-        do_rotary=1,
-        **attributes,
+
+    def attend(past: Sequence[ir.Value], behind: Sequence[ir.Value | None], **attributes: Any) -> list[ir.Value]:
+        """The operator over a past; `behind` are its inputs from the position ids on."""
+        if state.window is not None:
+            attributes |= {"local_window_size": state.window, "sliding_window_cache": 1}
+        if bias is not None:
+            attributes |= {"causal": 0}
+        if facts.soft_cap is not None:
+            attributes |= {"softcap": facts.soft_cap}
+        return graph.ops(
+            "GroupQueryAttention",
+            [query, key, value, *past, inputs.lengths, inputs.total, facts.cos, facts.sin, *behind],
+            3,
+            domain=MICROSOFT,
+            name="attention",
+            num_heads=facts.heads,
+            kv_num_heads=facts.key_value_heads,
+            scale=facts.scale,
+            do_rotary=1,
+            **attributes,
+        )
+
+    past = (state.past_key, state.past_value)
+    behind = (None, bias) if bias is not None else _no_sink(graph, facts) if state.window is not None else ()
+    in_bytes = state.value_step is not None
+    output, present_key, present_value = (
+        _over_bytes(graph, state, inputs, attend, behind) if in_bytes else attend(past, behind)
     )
     shape = [1, facts.key_value_heads, state.capacity, facts.head_size]
     for part, present in zip(_PARTS, (present_key, present_value), strict=True):
-        graph.output(present, _name("present", state.layer, part), graph.plan.dtype, shape)
+        dtype = INT8 if in_bytes else graph.plan.dtype
+        graph.output(present, _name("present", state.layer, part), dtype, shape)
     return _typed(graph, output), present_key, present_value
+
+
+def _over_bytes(
+    graph: GraphBuilder,
+    state: State,
+    inputs: DecoderInputs,
+    attend: Callable[..., list[ir.Value]],
+    behind: Sequence[ir.Value | None],
+) -> list[ir.Value]:
+    """Attention over a state of 8 bits: (output, present key, present value).
+
+    A single row, which is bound by the memory that it reads, goes to the operator's kernel for bytes. With more rows
+    that one takes two to three times as long as the kernel for floats, so for them the state is widened and narrowed
+    again. What it held stays the same by that, bit for bit; rows of a chunk see each other before they are rounded.
+    """
+    assert inputs.single is not None
+    assert state.value_step is not None
+    past = (state.past_key, state.past_value)
+    steps = [
+        graph.constant(np.array(step, np.float32), f"{part}_step")
+        for part, step in zip(_PARTS, (1.0, state.value_step), strict=True)
+    ]
+
+    def one_row() -> list[ir.Value]:
+        kinds = {"k_quant_type": "PER_TENSOR", "v_quant_type": "PER_TENSOR", "kv_cache_bit_width": 8}
+        return attend(past, (None, None, None, *steps), **kinds)
+
+    def more_rows() -> list[ir.Value]:
+        wide = [graph.op("DequantizeLinear", part, step) for part, step in zip(past, steps, strict=True)]
+        output, *present = attend(wide, behind)
+        # The type of what is narrowed to comes from a zero point, which is 0.
+        zero = graph.weight("state_zero", (), lambda: [np.zeros((1,), np.int8)], INT8)
+        return [
+            output,
+            *(graph.op("QuantizeLinear", part, step, zero) for part, step in zip(present, steps, strict=True)),
+        ]
+
+    return graph.branch(inputs.single, one_row, more_rows, "by_rows")
 
 
 def _no_sink(graph: GraphBuilder, facts: Attention) -> tuple[ir.Value | None, ...]:

@@ -22,6 +22,7 @@ __all__ = [
     "DOUBLE",
     "FLOAT",
     "FLOAT16",
+    "INT8",
     "INT32",
     "INT64",
     "IR_VERSION",
@@ -33,7 +34,7 @@ __all__ = [
 
 FLOAT, FLOAT16, BOOL = ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BOOL
 DOUBLE = ir.DataType.DOUBLE
-INT32, INT64, UINT8 = ir.DataType.INT32, ir.DataType.INT64, ir.DataType.UINT8
+INT8, INT32, INT64, UINT8 = ir.DataType.INT8, ir.DataType.INT32, ir.DataType.INT64, ir.DataType.UINT8
 MICROSOFT = "com.microsoft"
 
 # 20 is the first operator set with Gelu(approximate="tanh"); IR version 10 is what onnxruntime 1.32 reads everywhere.
@@ -177,19 +178,40 @@ class GraphBuilder:
         Nodes that `body` makes form a nested graph, which may read everything made before; its weights and constants
         belong to the outer graph. The values it returns must be made by it.
         """
-        outer, halves = self._nodes, dict(self._halves)
         with self.scope(name):
             index = ir.Value(name=self._unique("index"), shape=ir.Shape([]), type=ir.TensorType(INT64))
             going = ir.Value(name=self._unique("going"), shape=ir.Shape([]), type=ir.TensorType(BOOL))
             values = [ir.Value(name=self._unique("carried")) for _ in carried]
-            self._nodes = ir.Graph([index, going, *values], [], nodes=[], name=self._unique("body"))
+        inputs = [index, going, *values]
+        nested = self._body(name, inputs, lambda: [self.op("Identity", going), *body(index, values)])
+        return self.ops("Loop", [count, None, *carried], len(carried), name=name, body=nested)
+
+    def branch(
+        self,
+        condition: ir.Value,
+        then: Callable[[], Sequence[ir.Value]],
+        otherwise: Callable[[], Sequence[ir.Value]],
+        name: str,
+    ) -> list[ir.Value]:
+        """The values of `then()` if `condition` (bool, one element) holds, else those of `otherwise()`, as many.
+
+        For what either makes the same holds as for the body of a loop.
+        """
+        bodies = [self._body(f"{name}/{kind}", [], make) for kind, make in (("then", then), ("otherwise", otherwise))]
+        count = len(bodies[0].outputs)
+        return self.ops("If", [condition], count, name=name, then_branch=bodies[0], else_branch=bodies[1])
+
+    def _body(self, scope: str, inputs: Sequence[ir.Value], make: Callable[[], Sequence[ir.Value]]) -> ir.Graph:
+        """A nested graph of the nodes that `make` makes, which returns its outputs."""
+        outer, halves = self._nodes, dict(self._halves)
+        with self.scope(scope):
+            self._nodes = ir.Graph(inputs, [], nodes=[], name=self._unique("body"))
             try:
-                results = body(index, values)
-                self._nodes.outputs.extend([self.op("Identity", going), *results])
+                self._nodes.outputs.extend(make())
             finally:
                 # A float16 version made inside cannot be read outside.
                 inner, self._nodes, self._halves = self._nodes, outer, halves
-        return self.ops("Loop", [count, None, *carried], len(carried), name=name, body=inner)
+        return inner
 
     def constant(self, array: np.ndarray, name: str) -> ir.Value:
         """A small initializer stored inside the graph file."""

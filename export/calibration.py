@@ -30,6 +30,7 @@ from .calibration_choice import Chosen, Measured
 from .calibration_inputs import Product, embedded, head_outputs, products_of, sequence_length
 from .piecewise import LazyGraph, Piecewise, Values, place_rows
 from .plan import Span, Storage, StoredBlocks
+from .state_scales import StateRanges
 
 __all__ = ["Calibration"]
 
@@ -83,6 +84,7 @@ class Calibration:
         self._decoder = LazyGraph("decoder")
         decoder(self._decoder)
         self._products = products_of(self._decoder)
+        self.states = StateRanges(self._decoder)
         widest = max((product.shape[1] for product in self._products), default=1)
         sequences = text(min(widest, _MOST_COLUMNS), sequence_length(self._decoder))
         used = np.unique(np.concatenate([[0], *map(np.asarray, sequences)]))
@@ -151,8 +153,11 @@ class Calibration:
         groups = _groups(product.shape[1])
         known = self._moments_path(product, 0).is_file()
         moments = [] if known else [np.zeros((stop - start,) * 2, np.float32) for start, stop in groups]
+        states = self.states.names(self._piecewise.at, product.at)
 
         def see(index: int, values: Values) -> None:
+            if index < self._kept:
+                self.states.see(values, states)
             if index < self._kept and moments:
                 x = values[product.input].reshape(-1, product.shape[1])
                 for total, (start, stop) in zip(moments, groups, strict=True):
@@ -160,7 +165,7 @@ class Calibration:
                     total += part.T @ part
 
         replaced, self._replaced = self._replaced, {}
-        self._piecewise.run(product.at, [product.input], see, lambda index: replaced.get(index, {}))
+        self._piecewise.run(product.at, [product.input, *states], see, lambda index: replaced.get(index, {}))
         for index, total in enumerate(moments):
             np.save(self._moments_path(product, index), total)
         # The head is compared in another way: its outputs are the largest arrays of all, and few of them are wanted.

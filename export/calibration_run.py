@@ -16,7 +16,7 @@ from .calibration_corpus import SEQUENCE, calibration_ids
 from .checkpoint import Weights
 from .families import ExportOptions, find_family
 from .piecewise import LazyGraph
-from .plan import Plan, Span, Storage, StoredBlocks, plan_for
+from .plan import Plan, Span, StateScales, Storage, StoredBlocks, plan_for
 from .sources import open_source
 
 __all__ = ["Request", "calibrate", "calibrated_plan"]
@@ -75,6 +75,7 @@ def calibrate(request: dict[str, Any], folder: str, progress: Callable[[str], No
         Path(folder),
     )
     calibration.observe(progress)
+    states = calibration.states.scales() if plan.state_bits == 8 else {}
     chosen = choose(calibration.measured(), goal_for(asked.precision))
     spans = calibration.quantise(chosen, progress)
     losses = [each.loss for each in chosen if each.loss is not None]
@@ -84,6 +85,8 @@ def calibrate(request: dict[str, Any], folder: str, progress: Callable[[str], No
         "loss": round(sum(losses), 6) if losses else None,
         "bits_per_weight": round(8 * sum(each.nbytes for each in chosen) / max(1, weights), 3),
         "matrices": [_matrix_report(each, spans[each.measured.key][0].blocks is not None) for each in chosen],
+        "layers_with_states_of_8_bits": list(states),
+        "states": [{"layer": layer} | asdict(scales) for layer, scales in states.items()],
         "spans": {key: [asdict(span) | {"blocks": _path(span)} for span in each] for key, each in spans.items()},
     }
 
@@ -98,7 +101,8 @@ def calibrated_plan(plan: Plan, report: dict[str, Any]) -> Plan:
             blocks = None if path is None else StoredBlocks(Path(path), storage)
             found.append(Span(span["start"], span["stop"], storage, blocks))
         chosen[key] = tuple(found)
-    return replace(plan, chosen=chosen)
+    states = {each["layer"]: StateScales(tuple(each["keys"]), each["value"]) for each in report["states"]}
+    return replace(plan, chosen=chosen, states=states)
 
 
 def _path(span: Span) -> str | None:

@@ -234,7 +234,7 @@ def _calibrated(
     with tempfile.TemporaryDirectory(dir=folder, prefix="calibration.") as temporary:
         report = in_child(calibrate, dataclasses.asdict(request), temporary, progress=progress)
         plan = calibrated_plan(plan, report)
-        yield plan, {key: value for key, value in report.items() if key != "spans"}
+        yield plan, {key: value for key, value in report.items() if key not in ("spans", "states")}
 
 
 def _write_graphs(

@@ -17,7 +17,7 @@ import onnx_ir as ir
 
 from ..engine.graph import Device, Graph
 from .builder import DOUBLE, FLOAT, INT64, IR_VERSION, GraphBuilder, WeightsFile
-from .plan import Plan, Span, Storage
+from .plan import Plan, Span, StateScales, Storage
 
 __all__ = ["LazyGraph", "Piecewise", "Survey", "Values", "place_rows"]
 
@@ -31,13 +31,19 @@ Values = dict[str, np.ndarray]  # the values of one sequence, by name
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Survey(Plan):
-    """A plan in float32 that notes which matrices were asked for: key -> [rows, columns]."""
+    """A plan in float32 that notes which matrices were asked for, key -> [rows, columns], and the layers whose states
+    could have 8 bits."""
 
     seen: dict[str, tuple[int, int]] = field(default_factory=dict)
+    seen_states: set[int] = field(default_factory=set)
 
     def spans(self, graph: str, key: str, shape: tuple[int, int]) -> tuple[Span, ...]:
         self.seen[key] = shape
         return (Span(0, shape[0], Storage(32)),)
+
+    def state_scales(self, layer: int) -> StateScales | None:
+        self.seen_states.add(layer)
+        return None
 
 
 class LazyGraph(GraphBuilder):

@@ -17,7 +17,7 @@ import onnx_ir as ir
 from ..engine.errors import ExportError
 from ..kernels.quantize import Blocks
 
-__all__ = ["PRECISIONS", "TARGETS", "Plan", "Span", "Storage", "StoredBlocks", "plan_for"]
+__all__ = ["PRECISIONS", "TARGETS", "Plan", "Span", "StateScales", "Storage", "StoredBlocks", "plan_for"]
 
 PRECISIONS = ("auto", "fp32", "fp16", "int8", "int4", "keep")
 TARGETS = ("cpu", "cuda")
@@ -84,6 +84,17 @@ class Span:
     blocks: StoredBlocks | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class StateScales:
+    """The steps of a layer's keys and values in 8 bits, from the largest that calibration has met.
+
+    `keys` are one for each channel of a head, the same for both channels that rotation mixes; `value` is one for all.
+    """
+
+    keys: tuple[float, ...]
+    value: float
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """Formats of all matrices of one export.
@@ -100,6 +111,8 @@ class Plan:
     measured_bits: tuple[int, ...] = ()  # what calibration may give a matrix of the decoder
     larger_blocks: tuple[int, ...] = ()  # of 4 bits, beside those of the rule
     chosen: Mapping[str, tuple[Span, ...]] = field(default_factory=dict)  # by key of the matrix
+    state_bits: int = 32  # 8: of layers whose scales calibration knows and whose family can use them
+    states: Mapping[int, StateScales] = field(default_factory=dict)  # by layer
 
     @property
     def dtype(self) -> ir.DataType:
@@ -112,6 +125,10 @@ class Plan:
         Only tables can have more than one.
         """
         return self.chosen.get(key) or (Span(0, shape[0], self.storage(graph, shape[1])),)
+
+    def state_scales(self, layer: int) -> StateScales | None:
+        """The steps of a layer's keys and values, if they are stored in 8 bits."""
+        return self.states.get(layer)
 
     def storage(self, graph: str, columns: int) -> Storage:
         """The format by the rule of a matrix of so many columns in the graph called `graph`."""
@@ -158,4 +175,5 @@ def plan_for(precision: str, target: str) -> Plan:
         half=half,
         measured_bits=measured,
         larger_blocks=_LARGER[target] if measured else (),
+        state_bits=8 if precision == "int4" and not half else 16 if half else 32,
     )

@@ -293,8 +293,12 @@ def test_kernel_times_belong_to_the_run_they_are_in():
     assert first.kernels == pytest.approx({"MatMul": 15e-6, "Add": 0.5e-6})
     assert (first.nodes, second.nodes) == (3, 1)
     assert second.kernels == pytest.approx({"Add": 3.5e-6})
+    # Control flow lasts as long as the kernels that it runs, which are counted.
+    events += [whole(400, 30), kernel(401, 9, "MatMul"), kernel(401, 25, "If"), kernel(411, 12, "Add")]
+    [branch] = overhead.kernel_times(events, 1, 0.0)
+    assert (branch.nodes, branch.kernels) == (2, pytest.approx({"MatMul": 9.5e-6, "Add": 12.5e-6}))
     # What the profiler adds to every kernel is taken off again.
-    [first, _] = overhead.kernel_times(events, 2, 2e-6)
+    [first, _, _] = overhead.kernel_times(events, 3, 2e-6)
     assert first.kernels == pytest.approx({"MatMul": 11e-6, "Add": 0.0})
 
 

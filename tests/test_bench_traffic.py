@@ -128,6 +128,17 @@ def test_products_have_the_rows_of_their_inputs(two_products, tokens):
     assert (found.state_bytes, found.attention) == (0, 0)
 
 
+def test_one_row_and_more_take_their_own_branches(gemma3):
+    """States of 8 bits: attention of a step and of a chunk are different nodes, and only one of them runs."""
+    _, bundles = gemma3
+    exact, int4 = Traffic(bundles["fp32"]), Traffic(bundles["int4"])
+    for tokens, past in ((1, 0), (1, 37), (5, 0)):
+        expected, found = (traffic.prompt(past + tokens, tokens) for traffic in (exact, int4))
+        assert found.attention == expected.attention
+        assert found.state_bytes == expected.state_bytes / 4
+        assert sum(found.products.values()) == sum(expected.products.values())
+
+
 def test_a_prompt_reads_the_weights_once_a_chunk_and_sees_what_is_before_each_row(gemma3):
     config, bundles = gemma3
     traffic = Traffic(bundles["fp32"])
@@ -140,10 +151,11 @@ def test_a_prompt_reads_the_weights_once_a_chunk_and_sees_what_is_before_each_ro
     assert found.operations < steps.operations
 
 
-def test_a_window_ends_the_growth_of_what_is_read(gemma3):
+@pytest.mark.parametrize(("precision", "size"), [("fp32", 4), ("int8", 4), ("int4", 1)])
+def test_a_window_ends_the_growth_of_what_is_read(precision, size, gemma3):
     config, bundles = gemma3
-    traffic = Traffic(bundles["int4"])
-    width = 2 * config["num_key_value_heads"] * config["head_dim"] * 4
+    traffic = Traffic(bundles[precision])
+    width = 2 * config["num_key_value_heads"] * config["head_dim"] * size
     window = config["sliding_window"]
     growing = config["layer_types"].count("full_attention")
     assert growing < len(config["layer_types"])

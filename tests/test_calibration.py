@@ -186,6 +186,55 @@ def test_moments_are_those_of_the_reference(tmp_path, monkeypatch):
     assert compared == 3 * config["num_hidden_layers"] + 1
 
 
+def test_steps_of_states_are_the_largest_of_the_reference(tmp_path, monkeypatch):
+    """Of keys by pairs of channels, whatever their positions; of values over all of a layer."""
+    tiny.write_gemma3(tmp_path / "checkpoint")
+    sequences = [[2, *IDS[:30].tolist()], [2, *IDS[30:47].tolist()]]
+    keys: dict[str, list[np.ndarray]] = {}
+    values: dict[str, list[np.ndarray]] = {}
+    attention, attend = reference_model.gemma3_attention, reference_model.attend
+    inside = ""
+
+    def see_attention(x, weights, prefix, config, kind):
+        nonlocal inside
+        inside = prefix
+        return attention(x, weights, prefix, config, kind)
+
+    def see_attend(query, key, value, mask, scale):
+        keys.setdefault(inside, []).append(key)
+        values.setdefault(inside, []).append(value)
+        return attend(query, key, value, mask, scale)
+
+    monkeypatch.setattr(reference_model, "gemma3_attention", see_attention)
+    monkeypatch.setattr(reference_model, "attend", see_attend)
+    weights, config = reference_model.load_checkpoint(tmp_path / "checkpoint")
+    for ids in sequences:
+        reference_model.gemma3_text_logits(weights, config, ids)
+    found = observed(tmp_path / "checkpoint", sequences, lambda columns: [MIDDLE], tmp_path / "files").states.scales()
+    assert sorted(found) == list(range(config["num_hidden_layers"]))
+    for layer, scales in found.items():
+        key, value = (np.concatenate(seen[f"model.layers.{layer}.self_attn"]) for seen in (keys, values))
+        first, second = np.split(key, 2, axis=-1)
+        lengths = np.sqrt(first**2 + second**2).max((0, 1))
+        np.testing.assert_allclose(scales.keys, np.tile(lengths, 2) / 127, rtol=1e-4)
+        assert scales.value == pytest.approx(np.abs(value).max() / 127, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("family", "precision", "dtype"),
+    [("gemma3", "int4", np.int8), ("gemma3", "auto", np.float32), ("gemma4", "int4", np.float32)],
+)
+@pytest.mark.usefixtures("brief_calibration")
+def test_states_have_8_bits_only_where_that_was_measured(family, precision, dtype, tmp_path):
+    getattr(tiny, f"write_{family}")(tmp_path / "checkpoint")
+    export(tmp_path / "checkpoint", tmp_path / "bundle", ExportOptions(precision=precision))
+    bundle = Bundle.open(tmp_path / "bundle")
+    inputs = Runtime(bundle).decoder.inputs
+    assert {inputs[pair.input].dtype for pair in bundle.manifest.state} == {dtype}
+    report = json.loads((tmp_path / "bundle" / "export.json").read_text())["calibration"]
+    assert bool(report["layers_with_states_of_8_bits"]) == (dtype is np.int8)
+
+
 def test_wide_matrices_are_calibrated_in_groups(monkeypatch):
     assert calibration._groups(2048) == [(0, 2048)]
     assert calibration._groups(6144) == [(0, 2048), (2048, 4096), (4096, 6144)]

@@ -37,6 +37,8 @@ def bundle(request, tmp_path_factory):
 class FakeRuntime:
     """Gives the same row of logits everywhere, and remembers what it was fed."""
 
+    rounds_states = False
+
     def __init__(self, row: np.ndarray, context: int = 1024, requires: tuple[str, ...] = ()):
         self.manifest = SimpleNamespace(name="fake", context=context, requires=requires)
         self.fed: list[list[int]] = []
@@ -73,6 +75,23 @@ def test_equals_a_direct_computation(bundle):
     assert found.standard_error == pytest.approx(
         np.exp(np.mean(expected)) * np.std(expected, ddof=1) / 510**0.5, rel=1e-3
     )
+
+
+@pytest.mark.usefixtures("brief_calibration")
+def test_rows_run_one_by_one_where_a_state_rounds_them(tmp_path):
+    tiny.write_gemma3(tmp_path / "checkpoint")
+    export(tmp_path / "checkpoint", tmp_path / "bundle", ExportOptions(context=600, precision="int4"))
+    runtime = Runtime(Bundle.open(tmp_path / "bundle"))
+    ids = np.random.default_rng(0).integers(5, runtime.vocabulary, CHUNK)
+    session = runtime.session()
+    session.prefill(ids[:256])
+    expected = [perplexity.losses(session.step(ids[row])[None], ids[row + 1 : row + 2])[0] for row in range(256, 511)]
+    found = perplexity.measure(runtime, ids).perplexity
+    assert found == pytest.approx(np.exp(np.mean(expected)), rel=1e-6)
+    together = runtime.session()
+    together.prefill(ids[:256])
+    logits = together.prompt_logits(ids[256:511])
+    assert found != pytest.approx(np.exp(perplexity.losses(logits, ids[257:]).mean()), rel=1e-6)
 
 
 def test_the_text_is_encoded_as_a_raw_prompt_is(tmp_path):

@@ -41,24 +41,35 @@ class Weight:
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """An operator. `attributes` are its integers; `bodies` its subgraphs (Loop, If)."""
+    """An operator. `attributes` are its integers; `bodies` its nested graphs (Loop, If), by the attribute's name."""
 
     name: str
     op_type: str
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     attributes: dict[str, int]
-    bodies: tuple[GraphFile, ...] = ()
+    bodies: dict[str, GraphFile] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class GraphFile:
-    """Nodes in order of execution; `inputs` are the shapes that the graph declares, with names for what varies."""
+    """Nodes in order of execution; `inputs` are the shapes that the graph declares, with names for what varies.
+
+    `outputs` are names.
+    """
 
     nodes: list[Node] = field(default_factory=list)
     weights: dict[str, Weight] = field(default_factory=dict)
     inputs: dict[str, tuple[int | str, ...]] = field(default_factory=dict)
     input_bits: dict[str, int] = field(default_factory=dict)
+    outputs: list[str] = field(default_factory=list)
+
+    def all_nodes(self) -> Iterator[Node]:
+        """The nodes, each before those of its bodies."""
+        for node in self.nodes:
+            yield node
+            for body in node.bodies.values():
+                yield from body.all_nodes()
 
 
 def read_graph(path: Path) -> GraphFile:
@@ -83,13 +94,15 @@ def _graph(data: memoryview) -> GraphFile:
         elif number == 11:
             name, bits, shape = _declared(value)
             graph.inputs[name], graph.input_bits[name] = shape, bits
+        elif number == 12:
+            graph.outputs.append(_declared(value)[0])
     return graph
 
 
 def _node(data: memoryview) -> Node:
     inputs, outputs, names = [], [], {3: "", 4: ""}
     attributes: dict[str, int] = {}
-    bodies: list[GraphFile] = []
+    bodies: dict[str, GraphFile] = {}
     for number, value in _messages(data):
         if number == 1:
             inputs.append(_text(value))
@@ -99,10 +112,10 @@ def _node(data: memoryview) -> Node:
             names[number] = _text(value)
         elif number == 5:
             _read_attribute(value, attributes, bodies)
-    return Node(names[3], names[4], tuple(inputs), tuple(outputs), attributes, tuple(bodies))
+    return Node(names[3], names[4], tuple(inputs), tuple(outputs), attributes, bodies)
 
 
-def _read_attribute(data: memoryview, attributes: dict[str, int], bodies: list[GraphFile]) -> None:
+def _read_attribute(data: memoryview, attributes: dict[str, int], bodies: dict[str, GraphFile]) -> None:
     name = ""
     for number, value in fields(data):
         if number == 1 and not isinstance(value, int):
@@ -110,7 +123,7 @@ def _read_attribute(data: memoryview, attributes: dict[str, int], bodies: list[G
         elif number == 3 and isinstance(value, int):
             attributes[name] = signed(value)
         elif number == 6 and not isinstance(value, int):
-            bodies.append(_graph(value))
+            bodies[name] = _graph(value)
 
 
 def _weight(data: memoryview) -> Weight:

@@ -112,9 +112,12 @@ def kernel_times(events: list[dict[str, Any]], last: int, added: float) -> list[
     """The last so many runs in the events of onnxruntime's profiler, which has `added` seconds to every kernel."""
     whole = sorted((event["ts"], event["dur"]) for event in events if event["name"] == "model_run")[-last:]
     kernels = sorted(
-        (event["ts"], event["dur"], event["args"]["op_name"])
-        for event in events
-        if event["cat"] == "Node" and event["name"].endswith("_kernel_time")
+        (
+            (event["ts"], event["dur"], event["args"]["op_name"])
+            for event in events
+            if event["cat"] == "Node" and event["name"].endswith("_kernel_time")
+        ),
+        key=lambda kernel: (kernel[0], -kernel[1]),  # control flow before what begins with it
     )
     runs, at = [], 0
     for start, length in whole:
@@ -123,8 +126,11 @@ def kernel_times(events: list[dict[str, Any]], last: int, added: float) -> list[
         while at < len(kernels) and kernels[at][0] < start:
             at += 1
         while at < len(kernels) and kernels[at][0] < start + length:
-            _, duration, operator = kernels[at]
+            begin, duration, operator = kernels[at]
+            at += 1
+            if at < len(kernels) and kernels[at][0] < begin + duration:
+                continue  # control flow: what it runs are the kernels that follow
             times[operator] = times.get(operator, 0.0) + max(duration * 1e-6 + _CUT - added, 0.0)
-            count, at = count + 1, at + 1
+            count += 1
         runs.append(RunTimes(length * 1e-6, times, count))
     return runs

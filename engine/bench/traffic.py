@@ -137,18 +137,35 @@ class GraphCost:
 
     def _index(self, graph: GraphFile, outer: tuple[Node, ...]) -> None:
         for node in graph.nodes:
+            if node.op_type == "If":
+                body = self._taken(node)
+                self._index(body, outer)
+                for output, made in zip(node.outputs, body.outputs, strict=True):
+                    self._makers[output] = self._makers[made]
+                continue
             for output in node.outputs:
                 self._makers[output] = node
             if outer:
                 self._loops.update(dict.fromkeys(node.outputs, self._loop(outer[-1])))
-            for body in node.bodies:
+            for body in node.bodies.values():
                 self._index(body, (*outer, node))
 
     def _walk(self, nodes: Iterable[Node], iterations: int) -> Iterable[tuple[Node, int]]:
         for node in nodes:
+            if node.op_type == "If":
+                yield from self._walk(self._taken(node).nodes, iterations)
+                continue
             yield node, iterations
-            for body in node.bodies:
+            for body in node.bodies.values():
                 yield from self._walk(body.nodes, iterations * self._loop(node)[0])
+
+    def _taken(self, node: Node) -> GraphFile:
+        """The branch of an If whose condition is that a value has so many rows; any other is taken not to hold."""
+        shape = self._behind(node.inputs[0], ("Equal",))
+        counted = None if shape is None else self._behind(shape, ("Shape",))
+        wanted = self._weight(self._makers[node.inputs[0]].inputs[1]).values if counted is not None else ()
+        holds = counted is not None and wanted == (self.rows(counted),)
+        return node.bodies["then_branch" if holds else "else_branch"]
 
     def _loop(self, node: Node) -> tuple[int, int]:
         """Iterations of a loop and the rows that each has: over the experts that the rows of a chunk chose.
@@ -295,10 +312,13 @@ class GraphCost:
             total.attention += 4 * rows * rows * (width // 3 if packed else width)
 
     def _add_decoder_attention(self, node: Node, total: Cost) -> None:
-        owner = node
-        while owner.inputs[3] not in self._graph.inputs:  # reads what another layer has written
-            owner = self._makers[owner.inputs[3]]
-        past = owner.inputs[3]
+        owner, past = node, node.inputs[3]
+        while past not in self._graph.inputs:
+            maker = self._makers[past]
+            if maker.op_type == "DequantizeLinear":
+                past = maker.inputs[0]
+            else:  # reads what another layer has written
+                owner, past = maker, maker.inputs[3]
         head_size = self._graph.inputs[past][3]
         assert isinstance(head_size, int)
         window = owner.attributes.get("local_window_size", -1)

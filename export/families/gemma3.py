@@ -254,21 +254,23 @@ def _attention(
     query, key, value = blocks.query_key_value(graph, x, weights, prefix, widths, config.hidden)
     # Scores are scaled by way of the queries. On GPUs the operator does it, with less rounding in float16.
     scale, operator_scale = (1.0, config.scale) if graph.plan.half else (config.scale, 1.0)
-    weight = _norm(graph, weights, f"{prefix}.q_norm", size, scale)
+    # Keys that are stored in 8 bits stand in units of their steps, and the queries make up for it.
+    scales = graph.plan.state_scales(layer) if mask is None else None
+    steps = np.ones(size, np.float32) if scales is None else np.array(scales.keys, np.float32)
+    weight = _norm(graph, weights, f"{prefix}.q_norm", size, scale * steps)
     query = blocks.split_heads(graph, query, config.heads, size, weight, "q_norm")
-    key = blocks.split_heads(
-        graph, key, config.key_value_heads, size, _norm(graph, weights, f"{prefix}.k_norm", size), "k_norm"
-    )
+    weight = _norm(graph, weights, f"{prefix}.k_norm", size, 1 / steps)
+    key = blocks.split_heads(graph, key, config.key_value_heads, size, weight, "k_norm")
     has_window = config.windowed[layer] and mask is None
     slack = 0 if graph.plan.half else WINDOW_SLACK
     window, capacity = (config.window, config.window + slack) if has_window else (None, "capacity")
-    state = blocks.key_value_state(graph, layer, config.key_value_heads, size, window, capacity)
+    state = blocks.key_value_state(graph, layer, config.key_value_heads, size, window, capacity, scales)
     facts = blocks.Attention(config.heads, config.key_value_heads, size, operator_scale, *tables)
     mixed, _, _ = blocks.attention(graph, query, key, value, state, inputs, facts, bias=mask)
     return blocks.linear(graph, mixed, weights, f"{prefix}.o_proj.weight", (config.hidden, config.heads * size))
 
 
-def _norm(graph: GraphBuilder, weights: Weights, name: str, size: int, scale: float = 1.0) -> ir.Value:
+def _norm(graph: GraphBuilder, weights: Weights, name: str, size: int, scale: float | np.ndarray = 1.0) -> ir.Value:
     """The vector of a norm, with Gemma 3's 1 + w and a scale of the output folded into it."""
     return graph.weight(f"{name}.weight", (size,), lambda: [scale * (1.0 + weights.read(f"{name}.weight", (size,)))])
 
