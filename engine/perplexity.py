@@ -3,9 +3,7 @@
 The text is cut into chunks of 512 tokens, the rest at the end is dropped. The first token of every chunk is replaced by
 the beginning-of-sequence token, and the tokens that follow rows 256 to 510 are scored, so that each of them has at
 least 256 tokens of context. Perplexity is exp(mean of -log p).
-
-Rows of one run see each other's keys and values before they are rounded. So where states have 8 bits the scored rows
-run one by one, as those of a reply do.
+The scored rows run as those of a reply do.
 """
 
 from __future__ import annotations
@@ -97,10 +95,7 @@ def scored_rows(runtime: Runtime, ids: np.ndarray) -> Iterator[Scored]:
         session.prefill(chunk[:_FIRST])
         for start in range(_FIRST, CHUNK - 1, _ROWS):
             stop = min(start + _ROWS, CHUNK - 1)
-            if runtime.rounds_states:
-                logits = np.stack([session.step(token) for token in chunk[start:stop].tolist()])
-            else:
-                logits = session.prompt_logits(chunk[start:stop])
+            logits = session.reply_logits(chunk[start:stop])
             if not np.isfinite(logits).all():
                 raise ModelOutputError(f"chunk {index}: the logits of rows {start} to {stop - 1} are not finite")
             yield Scored(index, logits, chunk[start + 1 : stop + 1])

@@ -243,6 +243,15 @@ class Session:
             self._run(wires, _block_ends(start, stop, blocks, self.length), wanted, into=rows[start:stop])
         return rows
 
+    def reply_logits(self, ids: np.ndarray) -> np.ndarray:
+        """Logits of every row of a text, as steps would give them, float32 [L, V].
+
+        Rows of one run see each other's keys and values before a state of 8 bits rounds them: then they run one by one.
+        """
+        if not self._runtime.rounds_states:
+            return self.prompt_logits(ids)
+        return np.stack([self.step(token) for token in ids.tolist()])
+
     def step(self, token: int) -> np.ndarray:
         """Append one token and return the logits that follow it, float32 [V]."""
         return self.extend([token])

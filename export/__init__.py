@@ -9,7 +9,8 @@ Family: one module of `families` for each, found by `model_type`; its docstring 
 Graph: `builder` (nodes, weights file), `blocks` (norms, layers, towers), `attention`, `matrices` and `tables` (in the
     formats of a `plan`), `cuda_rules` (what a GPU asks of a graph).
 Precision: `plan` (formats by rule), `calibration` and the modules that begin with its name (formats by measurement),
-    `piecewise` (runs the float32 model without its memory), `graph_losses` (what the formats cost).
+    `state_scales` (steps of keys and values in 8 bits), `piecewise` (runs the float32 model without its memory),
+    `graph_losses` (what the formats cost).
 Bundle: `generation` (stop ids, sampling defaults), `self_check` (work of child processes), `child` (starts them),
     `output_folder` (all or nothing).
 Demo: `demo` draws the scenes, trains the embedded model and measures it.

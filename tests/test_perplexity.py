@@ -37,8 +37,6 @@ def bundle(request, tmp_path_factory):
 class FakeRuntime:
     """Gives the same row of logits everywhere, and remembers what it was fed."""
 
-    rounds_states = False
-
     def __init__(self, row: np.ndarray, context: int = 1024, requires: tuple[str, ...] = ()):
         self.manifest = SimpleNamespace(name="fake", context=context, requires=requires)
         self.fed: list[list[int]] = []
@@ -46,7 +44,7 @@ class FakeRuntime:
 
     def session(self):
         self.fed.append([])
-        return SimpleNamespace(prefill=self._take, prompt_logits=self._take)
+        return SimpleNamespace(prefill=self._take, reply_logits=self._take)
 
     def _take(self, ids):
         self.fed[-1].extend(ids.tolist())

@@ -29,7 +29,7 @@ class Siglance:
     def rows(self, ids: list[int], first: int) -> np.ndarray:
         self._session = self._engine.runtime.session()
         self._session.prefill(np.array(ids[:first], np.int64))
-        return self._session.prompt_logits(np.array(ids[first:], np.int64))
+        return self._session.reply_logits(np.array(ids[first:], np.int64))
 
 
 def load(facts: dict[str, Any]) -> tuple[Siglance, dict[str, str]]:
