@@ -198,12 +198,12 @@ def limits_table() -> str:
         one = read(name)
         if one is None:
             continue
-        decode, prefill = one["decode"], one["prefill"]
+        decode, prefill, reads = one["decode"], one["prefill"], one["rates"]["read_spread"]
         lines.append(
             f"| {one['options']['prompt_tokens']} | {decode['tokens_per_second']:g} ({decode['min']:g} - "
             f"{decode['max']:g}) | {decode['limit']['tokens_per_second']:g} | {decode['percent_of_limit']:.0f} % | "
             f"{decode['limit']['bound_by']} | {one['bytes']['per_decode_token'] / 1e6:.0f} MB | "
-            f"{one['rates']['read_gb_per_second']:g} | {prefill['tokens_per_second']:g} | "
+            f"{reads['median']:g} ({reads['min']:g} - {reads['max']:g}) | {prefill['tokens_per_second']:g} | "
             f"{prefill['percent_of_limit']:.0f} % |"
         )
     return "\n".join(lines)

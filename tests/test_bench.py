@@ -132,6 +132,7 @@ def test_the_table_says_the_same(facts, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert f"{facts['decode']['tokens_per_second']:g}" in out
     assert f"{facts['peak_mb']:g} MB" in out
+    assert f"reads {facts['rates']['read_gb_per_second']:g} GB/s (" in out
     assert facts["machine"]["cpu"] in out
     assert "outside of kernels" in out
     assert "not measured" not in out
@@ -235,6 +236,24 @@ def test_rates_are_operations_by_the_clock(format, rows):
     assert found.product(format, 128, rows) == 2 * rows * 128 * outputs
     assert found.products() == {(format, 128, rows): 2 * rows * 128 * outputs}
     assert found.bandwidth() == 1 << 20
+
+
+def test_the_bandwidth_is_the_median_of_those_beside_the_rounds(demo, monkeypatch):
+    """A neighbour that reads during one probe does not change the limit."""
+    rates = itertools.cycle([30e9, 1e9, 20e9])
+
+    class Noisy(Probes):
+        def _measure_bandwidth(self) -> float:
+            return next(rates)
+
+    monkeypatch.setattr(measure, "Probes", Noisy)
+    monkeypatch.setattr(measure, "measure_memory", lambda *_: None)
+    found = report.measured_json(measure.measure(demo, Options(**QUICK | {"repeats": 3}), lambda stage: None))
+    assert found["rates"]["read_gb_per_second"] == 20.0
+    assert found["rates"]["read_spread"] == {"median": 20.0, "min": 1.0, "max": 30.0}
+    limit = found["decode"]["limit"]["memory_ms"] / 1e3
+    assert limit == pytest.approx(found["bytes"]["per_decode_token"] / 20e9, rel=1e-3)
+    assert Noisy(1).bandwidth() == 30e9  # measured once at least
 
 
 def test_probes_compute_what_they_say():

@@ -93,18 +93,20 @@ def measure(bundle: Bundle, options: Options, report: Report, clock: Clock = tim
     report("warming up")
     subject.warm_up()
     rounds, requests = [], []
+    probes = Probes(options.threads or usable_cores(), clock) if subject.device == "cpu" else None
     for index in range(options.repeats):
         report(f"round {index + 1} of {options.repeats}")
+        if probes is not None:
+            probes.read()
         rounds.append(subject.round())
         requests.append(subject.request())
     costs, ids = _costs(subject), subject.ids()
     subject.close()
     report("measuring memory")
     memory = measure_memory(bundle, options)
-    overhead = probes = limits = None
-    if subject.device == "cpu":
+    overhead = limits = None
+    if probes is not None:
         report("measuring the machine")
-        probes = Probes(options.threads or usable_cores(), clock)
         overhead = measure_overhead(bundle, options, ids, probes, clock)
         limits = {name: limit(cost, probes, _rows(subject, name)) for name, cost in costs.items()}
     return Measured(

@@ -4,9 +4,10 @@ Each probe is a graph of one operator on the threads that the bundle runs on: wh
 that is there, not what its data sheet says. A rate is the best of several runs, because everything that disturbs a run
 makes it slower.
 
-Bandwidth: the maximum of a float32 array that no cache holds. GEMV: one row times a matrix in the format of the
-bundle, of the sizes that caches hold, the best of them: what the processor can compute when memory does not bind it.
-GEMM: as many rows as a chunk of a prompt or a picture has.
+Bandwidth: the maximum of a float32 array that no cache holds. Neighbours on the machine change it from one second to
+the next, so it is measured beside each round of what it is compared with, and the median counts. GEMV: one row times a
+matrix in the format of the bundle, of the sizes that caches hold, the best of them: what the processor can compute when
+memory does not bind it. GEMM: as many rows as a chunk of a prompt or a picture has.
 
 The runtime's own work: a chain of additions of single numbers, which is little else. How much longer a long chain takes
 than a short one is the cost of a node, an upper bound because it has the addition in it; the rest is that of a run.
@@ -15,6 +16,7 @@ than a short one is the cost of a node, an upper bound because it has the additi
 from __future__ import annotations
 
 import itertools
+import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -39,19 +41,30 @@ _FLOAT, _UINT8, _INT64, _HALF = 1, 2, 7, 10  # TensorProto.DataType
 
 
 class Probes:
-    """Measured rates of this machine with so many threads; each is measured once, when it is asked for."""
+    """Measured rates of this machine with so many threads.
+
+    Products are measured once, when they are asked for, bandwidth as often as `read` is called.
+    """
 
     def __init__(self, threads: int, clock: Callable[[], float] = time.perf_counter):
         self._threads = threads
         self._clock = clock
-        self._read: float | None = None
+        self._reads: list[float] = []
         self._products: dict[tuple[Format, int, int], float] = {}
 
+    def read(self) -> None:
+        """Measure the bandwidth once more."""
+        self._reads.append(self._measure_bandwidth())
+
+    def bandwidths(self) -> list[float]:
+        """Bytes read a second, each time that it was measured: once at least."""
+        if not self._reads:
+            self.read()
+        return list(self._reads)
+
     def bandwidth(self) -> float:
-        """Bytes read a second."""
-        if self._read is None:
-            self._read = self._measure_bandwidth()
-        return self._read
+        """Bytes read a second: the median."""
+        return statistics.median(self.bandwidths())
 
     def product(self, format: Format, inputs: int, rows: int) -> float:
         """Operations a second of products with matrices of a format, [., inputs], on so many rows."""

@@ -161,6 +161,7 @@ def _rates(measured: Measured) -> dict[str, Any] | None:
         return None
     return {
         "read_gb_per_second": _short(probes.bandwidth() / 1e9),
+        "read_spread": _spread(Spread.of([rate / 1e9 for rate in probes.bandwidths()])),
         "products": [
             {"format": str(format), "inputs": inputs, "rows": rows, "gflop_per_second": _short(rate / 1e9)}
             for (format, inputs, rows), rate in probes.products().items()
@@ -248,7 +249,11 @@ def _lines(facts: dict[str, Any]) -> list[str]:
         products = "; ".join(
             f"{one['format']} x {one['rows']} {one['gflop_per_second']:.0f} GFLOP/s" for one in rates["products"]
         )
-        lines.append(f"this machine: reads {rates['read_gb_per_second']:g} GB/s; {products}")
+        spread = rates["read_spread"]
+        lines.append(
+            f"this machine: reads {spread['median']:g} GB/s ({spread['min']:g} - {spread['max']:g} beside the rounds); "
+            f"{products}"
+        )
     lines.append(_surroundings_line(facts))
     return lines
 
