@@ -11,11 +11,13 @@ from typing import Any
 import numpy as np
 
 from ..engine.bundle import Bundle
+from ..engine.device_memory import DeviceMemory, HostMemory
 from ..engine.errors import ExportError
-from ..engine.graph import Device, Graph, has_device, resolve_device
+from ..engine.graph import Device, Graph, has_device, resolve_device, tensor
 from ..engine.image_policy import POLICIES
 from ..engine.manifest import Manifest
 from ..engine.self_test import formula_picture, formula_sound
+from ..engine.state import DecoderState
 from .calibration_inputs import embedded, exact_logits, sequence_length
 from .calibration_run import Request
 from .piecewise import LazyGraph, Piecewise, Values
@@ -73,7 +75,7 @@ def _text_losses(bundle: Bundle, request: Request, builds: Any, device: Device, 
         # The second half of each: the first tokens have next to nothing before them.
         values["logit_rows"] = values["logit_rows"][len(values["logit_rows"]) // 2 :]
     inputs = [dict(values) for values in sequences]
-    graph = Graph(bundle.path("embed"), device, prepack=prepack)
+    graph = Graph(bundle.path("embed"), Device("cpu"), prepack=prepack)
     cosines = [
         _cosine(each[name], rounded)
         for ids, each in zip(texts, inputs, strict=True)
@@ -82,7 +84,7 @@ def _text_losses(bundle: Bundle, request: Request, builds: Any, device: Device, 
     ]
     exact = np.concatenate(exact_logits(decoder, sequences))
     graph = Graph(bundle.path("decoder"), device, prepack=prepack)
-    logits = np.concatenate([_logits(graph, each) for each in inputs])
+    logits = np.concatenate([_logits(graph, bundle.manifest, each) for each in inputs])
     agreement = float((exact.argmax(1) == logits.argmax(1)).mean())
     centred = [each - each.mean(1, keepdims=True) for each in (exact, logits)]
     return {
@@ -91,15 +93,21 @@ def _text_losses(bundle: Bundle, request: Request, builds: Any, device: Device, 
     }
 
 
-def _logits(graph: Graph, inputs: Values) -> np.ndarray:
-    length = int(inputs["total_sequence_length"])
-    feeds = {}
-    for name, facts in graph.inputs.items():
-        if name.startswith("past."):
-            feeds[name] = np.zeros([size if isinstance(size, int) else length for size in facts.shape], facts.dtype)
-        else:
-            feeds[name] = inputs[name]
-    return graph.run(feeds)["logits"]
+def _logits(graph: Graph, manifest: Manifest, inputs: Values) -> np.ndarray:
+    """The logits of a prompt, run as the engine runs it: CUDA's kernel of window buffers refuses a present that is not
+    the past's own memory."""
+    memory = HostMemory() if graph.device.kind == "cpu" else DeviceMemory(graph.device)
+    state = DecoderState(graph, manifest.state, manifest.context, memory)
+    state.reserve(int(inputs["total_sequence_length"]))
+    binding = graph.bind()
+    state.bind(binding)
+    past = {pair.input for pair in manifest.state}
+    for name in graph.inputs.keys() - past:
+        binding.bind_cpu_input(name, inputs[name])
+    logits = np.empty((len(inputs["logit_rows"]), int(graph.outputs["logits"].shape[-1])), np.float32)
+    binding.bind_ortvalue_output("logits", tensor(logits))
+    graph.run_bound(binding)
+    return logits
 
 
 def _cosine(exact: np.ndarray, found: np.ndarray) -> float:

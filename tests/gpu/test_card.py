@@ -5,6 +5,7 @@ With the null driver (see null_driver/README.md) kernels do nothing, so only the
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -133,8 +134,17 @@ def test_memory_stays_level(runtime):
 
 
 @counts
+def test_graphs_give_what_float32_gives(bundle, request):
+    """The export on this card has compared every graph with its float32 original, which runs on the CPU."""
+    graphs = json.loads((bundle.folder / "export.json").read_text())["graphs"]
+    least = 0.999 if "fp16" in request.node.callspec.id else 0.9
+    cosines = {name: facts["cosine"] for name, facts in graphs.items()}
+    assert min(cosines.values()) >= least, cosines
+
+
+@counts
 def test_the_self_test_agrees(bundle):
-    """Recorded on the CPU, in the same precision."""
+    """Recorded on this card, at export."""
     with Engine(bundle, device="cuda") as engine:
         report = engine.verify()
     assert report.result in ("equal", "close"), report
