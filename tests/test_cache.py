@@ -221,16 +221,17 @@ def test_cold_equals_warm_bit_for_bit_where_rounding_grows(rough):
     largest, cached, _, _ = compare(rough, 12, seed=300, max_tokens=5)
     assert largest == 0
     assert cached > 0.1
-    # The same requests, with states from anywhere: this is what the stops are for.
+    # Where rows end that ran before is no place to go on from. Whether the logits would differ is up to the kernels of
+    # the machine: some round one row as they round many.
     rough._reuse.clear()
     anywhere = copy.copy(rough)
     anywhere._reuse = dataclasses.replace(rough._reuse, exact=False)
     ids = [2, *range(300, 340)]
-    ask(anywhere, [], prompt_ids=ids[:-1], max_tokens=1)
-    _, one_row = ask(anywhere, [], prompt_ids=ids, max_tokens=1)
-    _, all_rows = ask(rough, [], prompt_ids=ids, max_tokens=1, cache=False)
-    assert not np.array_equal(one_row, all_rows)
-    rough._reuse.clear()
+    for asked, reused in ((anywhere, len(ids) - 1), (rough, 0)):
+        ask(asked, [], prompt_ids=ids[:-1], max_tokens=1)
+        reply, _ = ask(asked, [], prompt_ids=ids, max_tokens=1)
+        assert reply.usage.cached_tokens == reused
+        rough._reuse.clear()
 
 
 def test_the_same_seed_gives_the_same_reply_whatever_ran_between(rough):
