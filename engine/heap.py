@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import io
 import itertools
 import os
 import threading
@@ -18,11 +19,12 @@ import numpy as np
 
 __all__ = ["give_back", "huge_pages", "mapped_to_load"]
 
-_MAPS, _PAGES, _SIZES = Path("/proc/self/maps"), Path("/proc/self/pagemap"), Path("/proc/self/smaps")
+_MAPS, _PAGES = Path("/proc/self/maps"), Path("/proc/self/pagemap")
 _HUGE_SIZE = Path("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size")
 _DROP, _COLLAPSE = 4, 25  # MADV_DONTNEED; MADV_COLLAPSE, Linux 6.1
 _LOADING = threading.Lock()
-_PRESENT = np.uint64(1 << 63)  # bit of an entry of pagemap, one for each page of memory
+# Bits of an entry of pagemap, of which there is one for each page of memory; see proc_pid_pagemap(5).
+_PRESENT, _SWAPPED, _OF_FILE = np.uint64(1 << 63), np.uint64(1 << 62), np.uint64(1 << 61)
 
 
 def give_back() -> None:
@@ -76,20 +78,31 @@ def mapped_to_load(file: Path) -> Iterator[None]:
 
 
 def _clean_mappings(file: Path) -> list[tuple[int, int]]:
-    """The addresses, start and end, of mappings of `file` that were never written to."""
+    """The addresses, start and end, of mappings of `file` that have pages in memory and were never written to."""
+    found = []
     try:
-        lines = _SIZES.read_text(encoding="utf-8", errors="replace").splitlines()
         path = str(file.resolve())
+        with _PAGES.open("rb", buffering=0) as pages:
+            for line in _MAPS.read_text(encoding="utf-8", errors="replace").splitlines():
+                fields = line.split(None, 5)
+                if fields[-1] != path:
+                    continue
+                start, end = (int(bound, 16) for bound in fields[0].split("-"))
+                entries = _entries(pages, start, end)
+                in_memory = entries & (_PRESENT | _SWAPPED) != 0
+                # A page that was written to is a copy, no longer the file's.
+                if in_memory.any() and (entries[in_memory] & _OF_FILE != 0).all():
+                    found.append((start, end))
     except OSError:  # no Linux, or a sandbox that hides it
         return []
-    found, bounds = [], ("0", "0")
-    for line in lines:
-        fields = line.split(None, 5)
-        if not fields[0].endswith(":"):
-            bounds = fields[0].split("-") if fields[-1] == path else ("0", "0")
-        elif fields[:2] == ["Anonymous:", "0"] and bounds != ("0", "0"):
-            found.append((int(bounds[0], 16), int(bounds[1], 16)))
     return found
+
+
+def _entries(pages: io.RawIOBase, start: int, end: int) -> np.ndarray:
+    """What pagemap tells of the pages from address `start` to `end`: [pages] uint64."""
+    page = os.sysconf("SC_PAGE_SIZE")
+    pages.seek(start // page * 8)
+    return np.frombuffer(pages.read((end - start) // page * 8) or b"", np.uint64)
 
 
 @contextlib.contextmanager
@@ -132,8 +145,7 @@ def _full_blocks(size: int) -> set[int]:
                 reserved = stop - first > memory  # address space that a library keeps for itself
                 if first >= stop or reserved or not fields[1].startswith("rw-p") or fields[4] != "0":
                     continue
-                file.seek(first * pages * 8)
-                entries = np.frombuffer(file.read((stop - first) * pages * 8), np.uint64)
+                entries = _entries(file, first * size, stop * size)
                 present = (entries[: entries.size // pages * pages] & _PRESENT).astype(bool).reshape(-1, pages)
                 found.update((np.flatnonzero(present.all(axis=1)) + first).tolist())
     except OSError:  # no Linux, or a sandbox that hides it
